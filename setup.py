@@ -1,0 +1,146 @@
+"""Builds fastrnn._C: the CPU kernels once per instruction set, all else once, in one library.
+
+Ninja does the work, so that a second build compiles only what changed. CXX, CXXFLAGS, LDFLAGS and
+MAX_JOBS are honoured.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+KERNELS = "csrc/cpu/kernels.cpp"
+X86 = platform.machine().lower() in {"x86_64", "amd64"}
+
+LANGUAGE = shlex.split("-std=c++17 -O3 -fopenmp -fPIC -fvisibility=hidden")
+COMMON = [*LANGUAGE, *shlex.split("-ffp-contract=fast -fno-math-errno -Icsrc")]
+AVX2 = shlex.split("-mavx2 -mfma -mf16c")
+AVX512 = shlex.split("-mavx512f -mavx512vl -mavx512dq -mavx512bw -mavx2 -mfma")
+AVX512.append("-mprefer-vector-width=512")
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
+X86_SETS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": AMX}
+
+
+class Unit(NamedTuple):
+    source: str
+    target: str  # the object file's name inside the build folder
+    flags: list[str]
+
+
+def find_compiler() -> list[str]:
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for command in [asked] if asked else [["c++"], ["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    missing = f"CXX={asked[0]} is not there" if asked else "install g++ or clang++, or set CXX"
+    raise SystemExit(f"fastrnn needs a C++17 compiler: {missing}")
+
+
+def refusal(compiler: list[str], flags: list[str]) -> str | None:
+    """What the compiler says against `flags`, or None where it accepts them."""
+    headers = ["omp.h", "immintrin.h"] if flags else ["omp.h"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("".join(f"#include <{name}>\n" for name in headers))
+        command = [*compiler, *COMMON, *flags, "-c", str(source), "-o", f"{folder}/probe.o"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return result.stderr if result.returncode else None
+
+
+def instruction_sets(compiler: list[str]) -> dict[str, list[str]]:
+    """The sets to build: portable always, the others where machine kind and compiler have them."""
+    name = shlex.join(compiler)
+    complaint = refusal(compiler, [])
+    if complaint is not None:
+        raise SystemExit(f"{name} cannot compile C++17 with OpenMP:\n{complaint}")
+    wanted = X86_SETS if X86 else {}
+    known = {isa: flags for isa, flags in wanted.items() if refusal(compiler, flags) is None}
+    for isa in wanted.keys() - known.keys():
+        print(f"fastrnn: left out {isa}: {name} does not accept {shlex.join(wanted[isa])}")
+    print(f"fastrnn: instruction sets built: {', '.join(['portable', *known])}", flush=True)
+    return {"portable": [], **known}
+
+
+def compile_units(sets: dict[str, list[str]], sources: list[str]) -> list[Unit]:
+    defines = ["-DFASTRNN_X86=1"] if X86 else []
+    defines += [f"-DFASTRNN_HAVE_{isa.upper()}=1" for isa in sets]
+    python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    units = []
+    for source in sources:
+        stem = source.removeprefix("csrc/").removesuffix(".cpp")
+        if source != KERNELS:
+            extra = python if stem == "bindings" else []
+            units.append(Unit(source, f"{stem}.o", defines + extra))
+    # The linker keeps the first copy of an inline function: the most portable object goes first.
+    for isa, flags in sets.items():
+        units.append(
+            Unit(KERNELS, f"cpu/kernels.{isa}.o", [*defines, f"-DFASTRNN_ISA={isa}", *flags])
+        )
+    return units
+
+
+def ninja_text(compiler: list[str], units: list[Unit], library: str) -> str:
+    def words(*lists: list[str]) -> str:
+        return shlex.join([word for words in lists for word in words]).replace("$", "$$")
+
+    own = shlex.split(os.environ.get("CXXFLAGS", ""))
+    libraries = shlex.split(os.environ.get("LDFLAGS", ""))
+    lines = [
+        "rule compile",
+        f"  command = {words(compiler, ['-MMD'], COMMON)} -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        f"  command = {words(compiler, ['-shared'], LANGUAGE, own)} $in -o $out {words(libraries)}",
+        "  description = link $out",
+    ]
+    folder = Path(library).parent.as_posix()
+    for unit in units:
+        lines.append(f"build {folder}/{unit.target}: compile {unit.source}")
+        lines.append(f"  flags = {words(unit.flags, own)}")
+    lines.append(f"build {library}: link {' '.join(f'{folder}/{unit.target}' for unit in units)}")
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools is untyped
+    def build_extension(self, ext: Extension) -> None:
+        compiler = find_compiler()
+        suffix = str(sysconfig.get_config_var("EXT_SUFFIX"))
+        # Not under self.build_temp: an editable install throws that away, and every object in it.
+        library = Path("build", f"ninja{suffix.removesuffix('.so')}", f"_C{suffix}")
+        (ROOT / library).parent.mkdir(parents=True, exist_ok=True)
+        units = compile_units(instruction_sets(compiler), sorted(ext.sources))
+        script = library.with_name("build.ninja")
+        (ROOT / script).write_text(ninja_text(compiler, units, library.as_posix()))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        ninja = [sys.executable, "-m", "ninja", "-f", str(script), *jobs]
+        subprocess.run(ninja, cwd=ROOT, check=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / library, target)
+
+
+def files(pattern: str) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
+
+
+sources = [*files("csrc/*.cpp"), *files("csrc/cpu/*.cpp")]
+setup(
+    ext_modules=[Extension("fastrnn._C", sources=sources, depends=files("csrc/**/*.h"))],
+    cmdclass={"build_ext": NinjaBuild},
+)
