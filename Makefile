@@ -1,0 +1,63 @@
+# Every target sets up what it needs, on a machine with Python >= 3.10 and a C++17 compiler:
+#   make demo | test | bench | lint | clean
+# PYTHON chooses the interpreter, PIP_EXTRA adds options to pip, PYTEST_ARGS and DEMO_ARGS and
+# BENCH_ARGS go to what they name.
+
+PYTHON ?= python3
+PIP_EXTRA ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# The pin of torch stands here as well: a constraint alone would not ask for it by its version.
+INSTALL := $(PY) -m pip install --disable-pip-version-check $(PIP_EXTRA) -c constraints.txt
+TORCH := torch==2.13.0
+
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(filter-out setup.py,$(SOURCES)) $(wildcard tests/sanitize/*.cpp)
+
+.PHONY: demo test bench lint build clean
+.DELETE_ON_ERROR:
+
+demo: build $(VENV)/stamp-demo
+	$(PY) examples/char_lm.py $(DEMO_ARGS)
+
+test: build $(VENV)/stamp-dev
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench: build $(VENV)/stamp-bench
+	$(PY) -m pytest benchmarks $(PYTEST_ARGS)
+	$(PY) -m benchmarks.run --opponents $(BENCH_ARGS)
+	$(PY) -m benchmarks.plot
+
+lint: $(VENV)/stamp-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+build: $(VENV)/stamp-build
+
+clean:
+	rm -rf $(VENV) build dist fastrnn/*.so *.egg-info
+
+$(VENV)/stamp-tools: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "fastrnn needs Python >= 3.10; name one with: make PYTHON=python3.x"; exit 1; }
+	@echo "== virtual environment and build tools"
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) setuptools pybind11 ninja
+	@touch $@
+
+# The build comes before the installation, which hides what it does and then finds it done.
+$(VENV)/stamp-build: $(VENV)/stamp-tools $(SOURCES)
+	@echo "== building fastrnn._C"
+	$(PY) setup.py build_ext --inplace
+	@touch $@
+
+$(VENV)/stamp-%: $(VENV)/stamp-tools pyproject.toml | $(VENV)/stamp-build
+	@echo "== dependencies: $*"
+	$(INSTALL) $(TORCH) --no-build-isolation -e '.[$*]'
+	@touch $@
