@@ -1,0 +1,277 @@
+// The Python module fastrnn._C, and the only file that knows pybind11: argument checks, dtype and cell switch. Tensors
+// arrive as addresses, sizes and strides; fastrnn/backends/cpu.py, the only caller, owns and has checked them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/launch.h"
+#include "cpu/plan.h"
+
+namespace py = pybind11;
+
+namespace fastrnn {
+namespace {
+
+using Address = uintptr_t;
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// The sizes that every call begins with, and what follows from them.
+struct Call {
+  const KernelTable& table;
+  const CellInfo& cell;
+  const CellKernels& kernels;
+  Dtype dtype;
+  int threads;
+
+  Call(int cell_index, int dtype_index, int thread_count)
+      : table(fastrnn::kernels()),
+        cell(table.info[checked(cell_index, table.cells, "cell")]),
+        kernels(table.kernels[cell_index][checked(dtype_index, kDtypes, "dtype")]),
+        dtype(static_cast<Dtype>(dtype_index)),
+        threads(thread_count) {
+    require(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
+  }
+
+ private:
+  static int checked(int index, int count, const char* what) {
+    require(index >= 0 && index < count, std::string(what) + " index " + std::to_string(index) + " is out of range");
+    return index;
+  }
+};
+
+// batch_sizes as the kernels want them: with the row at which each step begins.
+struct Steps {
+  Sequence seq;
+  std::vector<int64_t> offsets;
+
+  Steps(int64_t T, int64_t B, int64_t N, Address batch_sizes)
+      : seq{T, B, N, pointer<const int64_t>(batch_sizes), nullptr} {
+    require(T > 0 && B > 0 && N > 0, "T, B and N must be positive");
+    if (!batch_sizes) {
+      require(N == T * B, "N must be T * B for a dense batch");
+      return;
+    }
+    offsets.resize(static_cast<size_t>(T));
+    int64_t rows = 0, before = B;
+    for (int64_t t = 0; t < T; ++t) {
+      const int64_t n = seq.batch_sizes[t];
+      require(n > 0 && n <= before, "batch_sizes must be positive and must not grow");
+      offsets[static_cast<size_t>(t)] = rows;
+      rows += before = n;
+    }
+    require(rows == N && seq.batch_sizes[0] == B, "batch_sizes must begin with B and add up to the rows given");
+    seq.offsets = offsets.data();
+  }
+  Steps(const Steps&) = delete;
+  Steps& operator=(const Steps&) = delete;
+};
+
+std::vector<Group> make_groups(const std::vector<Address>& weights, const std::vector<bool>& reverse) {
+  require(!reverse.empty() && reverse.size() <= kMaxGroups, "there may be 1 to " + std::to_string(kMaxGroups) + " groups");
+  require(weights.size() == 4 * reverse.size(), "each group has four weights: w_ih, w_hh, b_ih, b_hh");
+  std::vector<Group> groups;
+  for (size_t g = 0; g < reverse.size(); ++g) {
+    const Address* const w = &weights[4 * g];
+    require(w[0] && w[1], "w_ih and w_hh must be given");
+    groups.push_back({pointer(w[0]), pointer(w[1]), pointer(w[2]), pointer(w[3]), reverse[g]});
+  }
+  return groups;
+}
+
+template <class Args>
+struct Direction;
+
+template <>
+struct Direction<ForwardArgs> {
+  static constexpr auto make_plan = plan_forward;
+  static constexpr auto bytes = &CellKernels::forward_bytes;
+  static constexpr auto body = &CellKernels::forward;
+};
+
+template <>
+struct Direction<BackwardArgs> {
+  static constexpr auto make_plan = plan_backward;
+  static constexpr auto bytes = &CellKernels::backward_bytes;
+  static constexpr auto body = &CellKernels::backward;
+};
+
+// Enough for the plan and for the single thread that steps in when the plan's threads cannot be had.
+template <class Args>
+int64_t workspace_bytes(const Call& call, const Args& args) {
+  using D = Direction<Args>;
+  const auto bytes = call.kernels.*D::bytes;
+  const Plan plan = D::make_plan(call.table, call.cell, call.dtype, call.threads, args);
+  const Plan alone = D::make_plan(call.table, call.cell, call.dtype, 1, args);
+  return std::max(bytes(args, plan), bytes(args, alone));
+}
+
+template <class Args>
+void run(const Call& call, const Args& args, int64_t workspace) {
+  using D = Direction<Args>;
+  require(workspace >= workspace_bytes(call, args), "the workspace is too small");
+  struct Context {
+    const Args& args;
+    void (*body)(const Args&, const Plan&, const Team&, int);
+  };
+  const Context context{args, call.kernels.*D::body};
+  const TeamBody body = [](const void* c, const Plan& plan, const Team& team, int thread) {
+    const auto& [team_args, team_body] = *static_cast<const Context*>(c);
+    team_body(team_args, plan, team, thread);
+  };
+  const py::gil_scoped_release release;
+  for (int threads : {call.threads, 1}) {
+    if (launch(D::make_plan(call.table, call.cell, call.dtype, threads, args), body, &context)) return;
+  }
+}
+
+int64_t forward_bytes(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int G,
+                      bool save) {
+  ForwardArgs args{};
+  args.seq = {T, B, N, nullptr, nullptr};
+  args.I = I;
+  args.H = H;
+  args.G = G;
+  const std::vector<Group> groups(static_cast<size_t>(std::max(G, 0)));
+  args.groups = groups.data();
+  require(G >= 1 && G <= kMaxGroups, "there may be 1 to " + std::to_string(kMaxGroups) + " groups");
+  args.gates = save ? &args : nullptr;
+  return workspace_bytes(Call(cell, dtype, threads), args);
+}
+
+void forward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
+             const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address x,
+             int64_t x_stride_t, int64_t x_stride_b, Address h0, Address c0, Address y, Address h_n, Address c_n,
+             Address gates, Address cells, Address workspace, int64_t bytes) {
+  const Call call(cell, dtype, threads);
+  const Steps steps(T, B, N, batch_sizes);
+  const std::vector<Group> groups = make_groups(weights, reverse);
+  require(I > 0 && H > 0, "I and H must be positive");
+  require(x && y && h_n && workspace, "x, y, h_n and the workspace must be given");
+  require(call.cell.states == 1 || c_n, "c_n must be given");
+  require(call.cell.states == 1 || !gates == !cells, "gates and cells are saved together");
+  ForwardArgs args{};
+  args.seq = steps.seq;
+  args.I = I;
+  args.H = H;
+  args.G = static_cast<int>(groups.size());
+  args.groups = groups.data();
+  args.x = pointer(x);
+  args.x_stride_t = x_stride_t;
+  args.x_stride_b = x_stride_b;
+  args.h0 = pointer(h0);
+  args.c0 = pointer(c0);
+  args.y = pointer(y);
+  args.h_n = pointer(h_n);
+  args.c_n = pointer(c_n);
+  args.gates = pointer(gates);
+  args.cells = pointer(cells);
+  args.workspace = pointer(workspace);
+  run(call, args, bytes);
+}
+
+int64_t backward_bytes(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t H, int G, bool dh0) {
+  BackwardArgs args{};
+  args.seq = {T, B, N, nullptr, nullptr};
+  args.H = H;
+  args.G = G;
+  require(G >= 1 && G <= kMaxGroups, "there may be 1 to " + std::to_string(kMaxGroups) + " groups");
+  args.dh0 = dh0 ? &args : nullptr;
+  return workspace_bytes(Call(cell, dtype, threads), args);
+}
+
+void backward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t H,
+              const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address h0,
+              Address c0, Address y, Address gates, Address cells, Address dy, Address dh_n, Address dc_n,
+              Address dgates_x, Address dgates_h, Address dh0, Address dc0, Address workspace, int64_t bytes) {
+  const Call call(cell, dtype, threads);
+  const Steps steps(T, B, N, batch_sizes);
+  const std::vector<Group> groups = make_groups(weights, reverse);
+  require(H > 0, "H must be positive");
+  require(y && gates && dgates_x && workspace, "y, gates, dgates_x and the workspace must be given");
+  require(call.cell.states == 1 || cells, "cells must be given");
+  require(call.cell.shared_dgates == !dgates_h, "dgates_h is for cells whose two kinds of dgates differ");
+  BackwardArgs args{};
+  args.seq = steps.seq;
+  args.H = H;
+  args.G = static_cast<int>(groups.size());
+  args.groups = groups.data();
+  args.h0 = pointer(h0);
+  args.c0 = pointer(c0);
+  args.y = pointer(y);
+  args.gates = pointer(gates);
+  args.cells = pointer(cells);
+  args.dy = pointer(dy);
+  args.dh_n = pointer(dh_n);
+  args.dc_n = pointer(dc_n);
+  args.dgates_x = pointer(dgates_x);
+  args.dgates_h = pointer(dgates_h);
+  args.dh0 = pointer(dh0);
+  args.dc0 = pointer(dc0);
+  args.workspace = pointer(workspace);
+  run(call, args, bytes);
+}
+
+double fma_peak(int threads, double seconds) {
+  require(threads >= 1, "threads must be at least 1");
+  struct Context {
+    const KernelTable& table;
+    double seconds;
+    std::vector<double> rates;
+  };
+  Context context{kernels(), seconds, std::vector<double>(static_cast<size_t>(threads))};
+  Plan plan{};
+  plan.threads = threads;
+  const TeamBody body = [](const void* c, const Plan&, const Team&, int thread) {
+    auto& peak = *static_cast<Context*>(const_cast<void*>(c));
+    peak.rates[static_cast<size_t>(thread)] = peak.table.fma_peak(peak.seconds);
+  };
+  {
+    const py::gil_scoped_release release;
+    if (!launch(plan, body, &context)) throw std::runtime_error("that many threads could not be had");
+  }
+  double total = 0;
+  for (double rate : context.rates) total += rate;
+  return total;
+}
+
+py::dict cells() {
+  py::dict out;
+  const KernelTable& table = kernels();
+  for (int i = 0; i < table.cells; ++i) {
+    const CellInfo& c = table.info[i];
+    out[c.name] = py::make_tuple(i, c.gates, c.states, c.saved, c.shared_dgates);
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace fastrnn
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastrnn;
+  m.doc() = "fastrnn's CPU kernels; see fastrnn/backends/cpu.py.";
+  m.attr("unit_pad") = kUnitPad;
+  m.attr("max_groups") = kMaxGroups;
+  m.def("cells", &cells, "name -> (index, gates, states, saved, shared_dgates)");
+  m.def("isas", &supported_isas, "Instruction sets supported here, best first.");
+  m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
+  m.def("use_isa", &use_isa, "Use this instruction set from now on, in the whole process.");
+  m.def("fma_peak", &fma_peak, "Measured float32 multiply-add rate of that many threads together, GF/s.");
+  m.def("forward_bytes", &forward_bytes, "Size of forward's workspace.");
+  m.def("forward", &forward);
+  m.def("backward_bytes", &backward_bytes, "Size of backward's workspace.");
+  m.def("backward", &backward);
+}

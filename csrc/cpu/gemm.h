@@ -1,0 +1,220 @@
+// The one matrix product: a block of rows times a packed panel of weights, C[rows][NV vectors] = bias + A . panel.
+//
+// A panel holds NV vectors of outputs for every k, in the order in which the inner loop reads them: [K][NV][lanes], for
+// bf16 [K/2][NV][lanes][2], which is both what vdpbf16ps wants and the layout of an AMX B tile. K is padded to
+// kDepthPad<T> with zeros. The inner loop keeps MR x NV accumulators in registers: 24 of AVX-512's 32, 12 of 16.
+#pragma once
+
+#include "vec.h"
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+inline constexpr int kMaxVectors = 4;
+
+#if defined(__AMX_BF16__)
+inline constexpr bool kTiles = true;
+#else
+inline constexpr bool kTiles = false;
+#endif
+
+template <class T>
+inline constexpr int kDepthPad = 1;
+template <>
+inline constexpr int kDepthPad<bf16> = kTiles ? 32 : 2;
+
+// Rows of A may be read, though not used, up to a multiple of this.
+template <class T>
+inline constexpr int kRowPad = 1;
+template <>
+inline constexpr int kRowPad<bf16> = kTiles ? 16 : 1;
+
+#if defined(__AVX512F__)
+inline constexpr int kAccumulators = 24;
+#else
+inline constexpr int kAccumulators = 12;
+#endif
+
+constexpr int max_rows(int nv) { return nv == 1 ? kAccumulators / 2 : kAccumulators / nv; }
+inline constexpr int kMaxRows = 16;
+static_assert(max_rows(1) <= kMaxRows && max_rows(2) <= kMaxRows);
+
+// C of one block: kMaxRows rows of nv vectors.
+template <class T>
+struct alignas(64) Tile {
+  Acc<T> c[kMaxRows * kMaxVectors * kLanes<Acc<T>>];
+  FASTRNN_INLINE AccVec<T> at(int row, int nv, int v) const { return load(c + (row * nv + v) * kLanes<Acc<T>>); }
+};
+
+template <class T>
+FASTRNN_INLINE void multiply_add(AccVec<T>* acc, int mr, int nv, const T* a, int64_t lda, const T* panel) {
+  Vec<T> b[kMaxVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < nv; ++v) b[v] = load(panel + v * kLanes<T>);
+#pragma GCC unroll 16
+  for (int r = 0; r < mr; ++r) {
+    const Vec<T> ar = broadcast(a[r * lda]);
+#pragma GCC unroll 4
+    for (int v = 0; v < nv; ++v) acc[r * nv + v] += ar * b[v];
+  }
+}
+
+// Two steps of k at once: each lane holds a pair.
+FASTRNN_INLINE void multiply_add(Vec<float>* acc, int mr, int nv, const bf16* a, int64_t lda, const bf16* panel) {
+  using Pairs = Vec<uint32_t>;
+  Pairs b[kMaxVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < nv; ++v) b[v] = load_as<Pairs>(panel + v * 2 * kLanes<float>);
+#pragma GCC unroll 16
+  for (int r = 0; r < mr; ++r) {
+    uint32_t pair;
+    std::memcpy(&pair, a + r * lda, sizeof pair);
+    const Pairs ar = broadcast(pair);
+#pragma GCC unroll 4
+    for (int v = 0; v < nv; ++v) {
+#if defined(__AVX512BF16__)
+      acc[r * nv + v] = _mm512_dpbf16_ps(acc[r * nv + v], reinterpret_cast<__m512bh>(ar), reinterpret_cast<__m512bh>(b[v]));
+#else
+      using V = Vec<float>;
+      acc[r * nv + v] += reinterpret_cast<V>(ar << 16) * reinterpret_cast<V>(b[v] << 16);
+      acc[r * nv + v] += reinterpret_cast<V>(ar & 0xffff0000u) * reinterpret_cast<V>(b[v] & 0xffff0000u);
+#endif
+    }
+  }
+}
+
+template <class T>
+inline constexpr int kPair = 1;
+template <>
+inline constexpr int kPair<bf16> = 2;
+
+template <class T, int MR, int NV>
+void block(const T* a, int64_t lda, const T* panel, int64_t K, const Acc<T>* bias, Acc<T>* c) {
+  using A = Acc<T>;
+  AccVec<T> acc[MR * NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[r * NV + v] = load(bias + v * kLanes<A>);
+  }
+  for (int64_t k = 0; k < K; k += kPair<T>) {
+    multiply_add(acc, MR, NV, a + k, lda, panel);
+    panel += NV * kLanes<A> * kPair<T>;
+  }
+#pragma GCC unroll 64
+  for (int i = 0; i < MR * NV; ++i) store(c + i * kLanes<A>, acc[i]);
+}
+
+template <class T>
+using Block = void (*)(const T*, int64_t, const T*, int64_t, const Acc<T>*, Acc<T>*);
+
+template <class T, int NV, int MR>
+Block<T> find_block(int rows) {
+  if constexpr (MR == 0) {
+    return nullptr;
+  } else {
+    return rows == MR ? block<T, MR, NV> : find_block<T, NV, MR - 1>(rows);
+  }
+}
+
+template <class T>
+Block<T> find_block(int nv, int rows) {
+  switch (nv) {
+    case 1: return find_block<T, 1, max_rows(1)>(rows);
+    case 2: return find_block<T, 2, max_rows(2)>(rows);
+    case 3: return find_block<T, 3, max_rows(3)>(rows);
+    default: return find_block<T, 4, max_rows(4)>(rows);
+  }
+}
+
+#if defined(__AMX_BF16__)
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Tiles 0-3 accumulate, 4 holds A, 5-7 take B in turn. Reading the bias with stride 0 repeats it for all 16 rows.
+template <int NV>
+void tile_block(const bf16* a, int64_t lda, const bf16* panel, int64_t K, const float* bias, float* c) {
+  constexpr int ld = NV * 64;
+  _tile_loadd(0, bias, 0);
+  if constexpr (NV > 1) _tile_loadd(1, bias + 16, 0);
+  if constexpr (NV > 2) _tile_loadd(2, bias + 32, 0);
+  if constexpr (NV > 3) _tile_loadd(3, bias + 48, 0);
+  const char* b = reinterpret_cast<const char*>(panel);
+  for (int64_t k = 0; k < K; k += 32) {
+    _tile_loadd(4, a + k, lda * 2);
+    _tile_loadd(5, b, ld);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (NV > 1) {
+      _tile_loadd(6, b + 64, ld);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (NV > 2) {
+      _tile_loadd(7, b + 128, ld);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if constexpr (NV > 3) {
+      _tile_loadd(5, b + 192, ld);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+    b += 16 * ld;
+  }
+  _tile_stored(0, c, ld);
+  if constexpr (NV > 1) _tile_stored(1, c + 16, ld);
+  if constexpr (NV > 2) _tile_stored(2, c + 32, ld);
+  if constexpr (NV > 3) _tile_stored(3, c + 48, ld);
+}
+
+inline Block<bf16> find_tile_block(int nv) {
+  switch (nv) {
+    case 1: return tile_block<1>;
+    case 2: return tile_block<2>;
+    case 3: return tile_block<3>;
+    default: return tile_block<4>;
+  }
+}
+#endif
+
+// The tile unit is configured for as long as one of these lives; nothing elsewhere.
+class TileScope {
+ public:
+#if defined(__AMX_BF16__)
+  TileScope() {
+    const TileConfig config;
+    _tile_loadconfig(&config);
+  }
+  ~TileScope() { _tile_release(); }
+#else
+  TileScope() {}
+#endif
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+};
+
+// A run of rows cut into blocks of nearly equal height, so that none is left a thin, slow one.
+template <class T>
+class RowBlocks {
+ public:
+  RowBlocks(int64_t rows, int nv) : rows_(rows) {
+    const int most = kTiles && kPair<T> == 2 ? 16 : max_rows(nv);
+    count_ = ceil_div(rows, most);
+  }
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t i) const { return rows_ * i / count_; }
+  int size(int64_t i) const { return static_cast<int>(begin(i + 1) - begin(i)); }
+
+  static Block<T> kernel(int nv, int rows) {
+#if defined(__AMX_BF16__)
+    if constexpr (kPair<T> == 2) return find_tile_block(nv);
+#endif
+    return find_block<T>(nv, rows);
+  }
+
+ private:
+  int64_t rows_, count_;
+};
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn

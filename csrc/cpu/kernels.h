@@ -1,0 +1,34 @@
+// The kernels of one instruction set, as a table of plain functions: what dispatch.cpp chooses among.
+#pragma once
+
+#include "problem.h"
+#include "team.h"
+
+namespace fastrnn {
+
+struct CellKernels {
+  void (*forward)(const ForwardArgs&, const Plan&, const Team&, int thread);
+  void (*backward)(const BackwardArgs&, const Plan&, const Team&, int thread);
+  int64_t (*forward_bytes)(const ForwardArgs&, const Plan&);
+  int64_t (*backward_bytes)(const BackwardArgs&, const Plan&);
+};
+
+inline constexpr int kMaxCells = 16;
+
+struct CellInfo {
+  const char* name;
+  int gates, states, saved;
+  bool shared_dgates;
+};
+
+struct KernelTable {
+  const char* isa;
+  int lanes[kDtypes];     // hidden units in a vector
+  int row_block[kDtypes]; // rows that a block of four vectors takes
+  int cells;
+  CellInfo info[kMaxCells];
+  CellKernels kernels[kMaxCells][kDtypes];
+  double (*fma_peak)(double seconds);  // GF/s of one thread in float32, measured
+};
+
+}  // namespace fastrnn

@@ -1,0 +1,95 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace fastrnn {
+namespace {
+
+// Rows of the input GEMM done at once: enough to use each panel many times, few enough to leave the gates in L2.
+constexpr int64_t kChunkRows = 96;
+// Fewer rows than this over all timesteps do not pay for packing the weights.
+constexpr int64_t kPackRows = 4;
+// Fetching a panel costs as much time as multiplying this many rows by it: from a core's own L2, and from beyond.
+constexpr double kRowsToFetchNear = 4, kRowsToFetchFar = 12;
+constexpr double kNearBytes = 1 << 20;
+// A barrier between steps, in vector multiply-adds.
+constexpr double kBarrier = 1000;
+
+struct Step {
+  int64_t B, panels, depth;
+  int nv;
+  double panel_bytes;
+};
+
+double step_cost(const Step& step, int row_parts, int unit_parts) {
+  const double rows = static_cast<double>(ceil_div(step.B, row_parts));
+  const double panels = static_cast<double>(ceil_div(step.panels, unit_parts));
+  const double fetch = panels * step.panel_bytes <= kNearBytes ? kRowsToFetchNear : kRowsToFetchFar;
+  const double work = panels * static_cast<double>(step.depth * step.nv) * std::max(rows, fetch);
+  return work + (unit_parts > 1 ? kBarrier : 0);
+}
+
+Plan divide(const Step& step, int G, int threads) {
+  Plan plan{};
+  plan.threads = threads;
+  plan.group_parts = threads % G == 0 ? G : 1;
+  const int team = threads / plan.group_parts;
+  double best = std::numeric_limits<double>::infinity();
+  for (int unit_parts = 1; unit_parts <= team; ++unit_parts) {
+    if (unit_parts > step.panels) break;
+    const int row_parts = static_cast<int>(std::min<int64_t>(team / unit_parts, step.B));
+    const double cost = step_cost(step, row_parts, unit_parts);
+    if (cost >= best) continue;
+    best = cost;
+    plan.row_parts = row_parts;
+    plan.unit_parts = unit_parts;
+  }
+  return plan;
+}
+
+// Wide panels keep more accumulators busy; narrower ones waste fewer lanes and can be shared out.
+int panel_vectors(int most, int64_t vectors, int threads, int64_t B) {
+  int best = most;
+  while (best > 1) {
+    const int half = best / 2;
+    const bool wasteful = round_up(vectors, half) < round_up(vectors, best);
+    const bool too_few = ceil_div(vectors, best) < threads && B < 2 * threads;
+    if (!wasteful && !too_few) break;
+    best = half;
+  }
+  return best;
+}
+
+Step make_step(const KernelTable& table, Dtype dtype, int64_t B, int64_t H, int64_t depth, int vectors, int nv) {
+  const int lanes = table.lanes[static_cast<int>(dtype)];
+  const double element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  const int64_t panels = ceil_div(ceil_div(H, lanes), vectors);
+  return {B, panels, depth, nv, static_cast<double>(depth * nv * lanes) * element};
+}
+
+}  // namespace
+
+Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, int threads, const ForwardArgs& args) {
+  const int64_t vectors = ceil_div(args.H, table.lanes[static_cast<int>(dtype)]);
+  const int unit_vectors = panel_vectors(std::max(1, 4 / cell.gates), vectors, threads, args.seq.B);
+  const Step step = make_step(table, dtype, args.seq.B, args.H, args.H, unit_vectors, unit_vectors * cell.gates);
+  Plan plan = divide(step, args.G, threads);
+  plan.panel_vectors = unit_vectors;
+  plan.chunk = std::max<int64_t>(1, kChunkRows / ceil_div(args.seq.B, plan.row_parts));
+  plan.pack = args.seq.N >= kPackRows;
+  return plan;
+}
+
+Plan plan_backward(const KernelTable& table, const CellInfo& cell, Dtype dtype, int threads, const BackwardArgs& args) {
+  const int64_t vectors = ceil_div(args.H, table.lanes[static_cast<int>(dtype)]);
+  const int unit_vectors = panel_vectors(4, vectors, threads, args.seq.B);
+  const Step step = make_step(table, dtype, args.seq.B, args.H, cell.gates * args.H, unit_vectors, unit_vectors);
+  Plan plan = divide(step, args.G, threads);
+  plan.panel_vectors = unit_vectors;
+  plan.chunk = 1;
+  plan.pack = args.seq.T > 1 || args.dh0;
+  return plan;
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,82 @@
+// What the kernels are asked to do, free of any instruction set: sizes, pointers, and who does which part.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastrnn {
+
+enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2 };
+inline constexpr int kDtypes = 3;
+
+// Hidden units of every internal buffer are padded to this, a multiple of each instruction set's vector width.
+inline constexpr int64_t kUnitPad = 16;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Rows of all steps lie one after the other; step t has active(t) of them, row b of step t is row offset(t) + b.
+// A dense batch has B everywhere; a packed one has its rows sorted by length, so that active() never grows with t.
+struct Sequence {
+  int64_t T, B, N;
+  const int64_t* batch_sizes;  // [T], or null for a dense batch
+  const int64_t* offsets;      // [T], or null for a dense batch
+
+  int64_t active(int64_t t) const { return batch_sizes ? batch_sizes[t] : B; }
+  int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * B; }
+  // Rows that are active at step t, none outside [0, T).
+  int64_t active_or_none(int64_t t) const { return t < 0 || t >= T ? 0 : active(t); }
+};
+
+// One group: its own weights and its own direction of time. Two directions of a layer are two groups.
+inline constexpr int kMaxGroups = 8;
+
+struct Group {
+  const void *w_ih, *w_hh, *b_ih, *b_hh;  // [gates H, I], [gates H, H], [gates H] or null
+  bool reverse;
+
+  int64_t step_to_time(int64_t s, int64_t T) const { return reverse ? T - 1 - s : s; }
+  int64_t time_before(int64_t t) const { return reverse ? t + 1 : t - 1; }
+  int64_t time_after(int64_t t) const { return reverse ? t - 1 : t + 1; }
+};
+
+// How a team of threads divides the work: groups side by side, batch rows (no barrier), hidden units (a barrier a step).
+struct Plan {
+  int threads;
+  int group_parts, row_parts, unit_parts;  // their product is at most `threads`
+  int panel_vectors;                       // vectors of hidden units in one weight panel
+  int64_t chunk;                           // timesteps whose input GEMM is done at once
+  bool pack;                               // false: too few rows to pay for packing the weights
+};
+
+struct ForwardArgs {
+  Sequence seq;
+  int64_t I, H;
+  int G;
+  const Group* groups;
+  const void* x;                // row (t, b) at t * x_stride_t + b * x_stride_b elements
+  int64_t x_stride_t, x_stride_b;
+  const void *h0, *c0;          // [G, B, H] or null (zeros)
+  void* y;                      // [N, G H]
+  void *h_n, *c_n;              // [G, B, H]
+  void* gates;                  // [G, N, saved Hp] accumulate type, or null: nothing is saved
+  void* cells;                  // [G, N, Hp] accumulate type, likewise, for cells with a second state
+  void* workspace;
+};
+
+struct BackwardArgs {
+  Sequence seq;
+  int64_t H;
+  int G;
+  const Group* groups;
+  const void *h0, *c0;
+  const void* y;                  // [N, G H]
+  const void *gates, *cells;      // as saved by forward
+  const void* dy;                 // [N, G H] or null (zeros)
+  const void *dh_n, *dc_n;        // [G, B, H] or null (zeros)
+  void *dgates_x, *dgates_h;      // [G, N, gates Hp]; dgates_h null where both are one
+  void *dh0, *dc0;                // [G, B, H] or null: not wanted
+  void* workspace;
+};
+
+}  // namespace fastrnn

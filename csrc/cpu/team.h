@@ -1,0 +1,86 @@
+// Threads working on one layer call, and the barrier between two of its steps.
+#pragma once
+
+#include <sched.h>
+
+#include <atomic>
+#include <cstdint>
+
+#include "problem.h"
+
+namespace fastrnn {
+
+inline void cpu_relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Counts arrivals up for ever, so nothing is reset and no thread can lap another. Spins briefly, since a partner is
+// normally nanoseconds away, then yields: a busy neighbour on the core must cost its share of time and no more.
+class alignas(64) Barrier {
+ public:
+  void wait(int parties) {
+    if (parties == 1) return;
+    const uint64_t ticket = arrivals_.fetch_add(1, std::memory_order_acq_rel);
+    const uint64_t target = (ticket / parties + 1) * parties;
+    for (int spins = 0; arrivals_.load(std::memory_order_acquire) < target; ++spins) {
+      if (spins < kSpins) {
+        cpu_relax();
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 2000;
+  std::atomic<uint64_t> arrivals_{0};
+};
+
+// Barriers of one call: [0] for everyone, then one for each set of threads that shares rows and splits units.
+struct Team {
+  Barrier* everyone;
+  Barrier* units;
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+constexpr Range split(int64_t n, int parts, int part) { return {n * part / parts, n * (part + 1) / parts}; }
+
+// One thread's part of a plan. Rows are dealt out in turn (row_part, row_part + row_parts, ...), which stays balanced
+// when rows sorted by length fall silent.
+struct Share {
+  int group_begin, group_end;
+  int row_part, row_parts, unit_part, unit_parts;
+  Barrier* units;
+  bool idle;
+
+  static Share of(const Plan& plan, const Team& team, int G, int thread) {
+    Share s{};
+    const int per_group = plan.row_parts * plan.unit_parts;
+    const int group_part = thread / per_group;
+    s.idle = group_part >= plan.group_parts;
+    if (s.idle) return s;
+    const Range groups = split(G, plan.group_parts, group_part);
+    s.group_begin = static_cast<int>(groups.begin);
+    s.group_end = static_cast<int>(groups.end);
+    s.row_parts = plan.row_parts;
+    s.unit_parts = plan.unit_parts;
+    s.row_part = thread % per_group / plan.unit_parts;
+    s.unit_part = thread % plan.unit_parts;
+    s.units = team.units + group_part * plan.row_parts + s.row_part;
+    return s;
+  }
+
+  // How many of the first n rows are mine; the j-th of them is row(j).
+  int64_t count(int64_t n) const { return n <= row_part ? 0 : ceil_div(n - row_part, row_parts); }
+  int64_t row(int64_t j) const { return row_part + j * row_parts; }
+  void sync() const { units->wait(unit_parts); }
+};
+
+}  // namespace fastrnn
