@@ -99,7 +99,9 @@ def ninja_text(compiler: list[str], units: list[Unit], library: str) -> str:
 
     own = shlex.split(os.environ.get("CXXFLAGS", ""))
     libraries = shlex.split(os.environ.get("LDFLAGS", ""))
+    folder = Path(library).parent.as_posix()
     lines = [
+        f"builddir = {folder}",  # where ninja keeps its log
         "rule compile",
         f"  command = {words(compiler, ['-MMD'], COMMON)} -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
@@ -109,7 +111,6 @@ def ninja_text(compiler: list[str], units: list[Unit], library: str) -> str:
         f"  command = {words(compiler, ['-shared'], LANGUAGE, own)} $in -o $out {words(libraries)}",
         "  description = link $out",
     ]
-    folder = Path(library).parent.as_posix()
     for unit in units:
         lines.append(f"build {folder}/{unit.target}: compile {unit.source}")
         lines.append(f"  flags = {words(unit.flags, own)}")
