@@ -1,0 +1,1 @@
+"""fastrnn against torch.nn and other runtimes: `python -m benchmarks.run --help`."""
