@@ -1,0 +1,36 @@
+"""fastrnn: torch.nn's LSTM, GRU and RNN, layers and cells, on fused kernels.
+
+>>> import torch, fastrnn
+>>> lstm = fastrnn.LSTM(8, 16)  # or fastrnn.convert(model) for a model of torch.nn layers
+>>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 8))
+>>> output.shape
+torch.Size([5, 3, 16])
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from .backends import backend
+from .backends.cpu import _MISSING as _REASON
+from .convert import convert, revert
+from .explain import explain
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__version__ = "0.1.0.dev0"
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "backend",
+    "convert",
+    "explain",
+    "revert",
+]
+
+if _REASON is not None:
+    warnings.warn(f"{_REASON}; the reference backend serves, slowly", stacklevel=2)

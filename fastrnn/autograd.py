@@ -1,0 +1,118 @@
+"""A layer call: the autograd.Function over the operators, or the short way without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .backends import Weights, choose
+from .cells import CELLS
+
+Outputs = tuple[Tensor, Tensor, Tensor | None]
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Scan(torch.autograd.Function):
+    """A layer on a backend with a backward pass of its own, which cannot be differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cell: str,
+        backend: str,
+        reverse: list[bool],
+        batch: int,
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor | None,
+    ) -> Outputs:
+        y, h_n, c_n, *saved = torch.ops.fastrnn.forward(
+            cell, backend, x, batch_sizes, h0, c0, weights, reverse, batch, True
+        )
+        ctx.set_materialize_grads(False)
+        ctx.call = cell, backend, reverse, batch
+        ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, y, *saved)
+        ctx.weights = len(weights)
+        return y, h_n, c_n if CELLS[cell].states > 1 else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        cell, backend, reverse, batch = ctx.call
+        x, batch_sizes, h0, c0, *rest = ctx.saved_tensors
+        weights, y, saved = rest[: ctx.weights], rest[ctx.weights], rest[ctx.weights + 1 :]
+        _, _, _, _, need_x, _, *need_rest = ctx.needs_input_grad
+        needs = [need_x, *need_rest]
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * len(ctx.needs_input_grad)
+        grads = iter(
+            torch.ops.fastrnn.backward(
+                cell, backend, dy, dh_n, dc_n,
+                x, batch_sizes, h0, c0, weights, reverse, batch, y, saved, needs,
+            )
+        )  # fmt: skip
+        dx, *others = (next(grads) if needed else None for needed in needs)
+        return None, None, None, None, dx, None, *others
+
+
+def scan(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Weights,
+    reverse: Sequence[bool],
+    batch: int,
+) -> Outputs:
+    """Run one layer on the backend chosen for it: y, h_n, c_n (None for cells without).
+
+    The arguments are those of :class:`fastrnn.backends.Backend`, already checked.
+    """
+    grad, plain = _inspect(x, h0, c0, weights)
+    problem = ops.describe(cell, x, batch_sizes, weights, reverse, batch, grad)
+    backend = choose(problem)
+    if backend.differentiable or (plain and not grad and _eager()):
+        y, h_n, c_n, _ = backend.forward(problem, x, batch_sizes, h0, c0, weights, reverse, False)
+        return y, h_n, c_n
+    if grad:
+        outputs: Outputs = Scan.apply(  # type: ignore[no-untyped-call]
+            cell, backend.name, list(reverse), batch, x, batch_sizes, h0, c0, *weights
+        )
+        return outputs
+    y, h_n, c_n = torch.ops.fastrnn.forward(
+        cell, backend.name, x, batch_sizes, h0, c0, weights, reverse, batch, False
+    )
+    return y, h_n, c_n if problem.cell.states > 1 else None
+
+
+def _inspect(
+    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Weights
+) -> tuple[bool, bool]:
+    """Whether a gradient is wanted; whether a kernel may read all the tensors' memory as it is."""
+    grad, plain = False, True
+    for tensor in (x, h0, c0, *weights):
+        if tensor is None:
+            continue
+        grad = grad or tensor.requires_grad
+        plain = plain and type(tensor) in _PLAIN and not tensor.is_neg()
+    return grad and torch.is_grad_enabled(), plain
+
+
+def _eager() -> bool:
+    """Whether nothing watches the dispatcher, so that a kernel may be called without it."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )

@@ -1,0 +1,115 @@
+"""Who computes a layer: the backends in order of preference, and the choice among them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .base import Backend, Problem, SavedShape, Weights
+from .cpu import CPU
+from .reference import REFERENCE
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Problem",
+    "SavedShape",
+    "Weights",
+    "backend",
+    "by_name",
+    "check_batch_sizes",
+    "choose",
+    "refusal",
+]
+
+BACKENDS: list[Backend] = [CPU, REFERENCE]
+
+
+def by_name(name: str) -> Backend:
+    """The backend called `name`; ValueError if there is none."""
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"unknown fastrnn backend {name!r}: choose from {[b.name for b in BACKENDS]}")
+
+
+_ENVIRONMENT = os.environ.get("FASTRNN_BACKEND") or None
+if _ENVIRONMENT is not None:
+    by_name(_ENVIRONMENT)
+_forced: ContextVar[str | None] = ContextVar("fastrnn_backend", default=_ENVIRONMENT)
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Let one backend, and no other, serve every layer called inside the ``with`` block.
+
+    A layer that it cannot serve raises a RuntimeError with its reason. ``None`` restores the
+    automatic choice. The environment variable ``FASTRNN_BACKEND``, read at import, does the same
+    for the whole process. The choice holds for the current thread (or asyncio task); a backward
+    pass uses the backend of its forward pass.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    if name is not None:
+        by_name(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def refusal(candidate: Backend, problem: Problem) -> str | None:
+    """None if `candidate` serves the problem here and now, or its reason."""
+    if not candidate.differentiable:
+        if torch._C._are_functorch_transforms_active():
+            return "a torch.func transform is active, which needs plain torch operations"
+        if forward_ad._current_level >= 0:
+            return "forward-mode differentiation is active, and the kernels have none"
+    return candidate.supports(problem)
+
+
+def choose(problem: Problem) -> Backend:
+    """The backend asked for by name, or else the first that serves the problem."""
+    name = _forced.get()
+    if name is not None:
+        chosen = by_name(name)
+        reason = refusal(chosen, problem)
+        if reason is not None:
+            raise RuntimeError(f"fastrnn backend {name!r} was asked for, but refuses: {reason}")
+        return chosen
+    reasons = []
+    for candidate in BACKENDS:
+        reason = refusal(candidate, problem)
+        if reason is None:
+            return candidate
+        reasons.append(f"{candidate.name}: {reason}")
+    raise RuntimeError("no fastrnn backend serves this layer: " + "; ".join(reasons))
+
+
+def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
+    """Raise unless `batch_sizes` describes a packed sequence of `rows` rows: kernels trust it."""
+    if (
+        batch_sizes.dim() != 1
+        or batch_sizes.dtype != torch.int64
+        or batch_sizes.device.type != "cpu"
+    ):
+        raise RuntimeError(
+            "batch_sizes should always be a 1-D int64 CPU tensor, got "
+            f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    sizes = batch_sizes.tolist()
+    if not sizes:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if sizes[-1] <= 0 or any(a < b for a, b in itertools.pairwise(sizes)):
+        raise RuntimeError("batch_sizes must be positive and must not increase")
+    if sum(sizes) != rows:
+        raise RuntimeError(f"batch_sizes sum to {sum(sizes)}, but the packed input has {rows} rows")

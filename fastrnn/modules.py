@@ -1,0 +1,449 @@
+"""RNN, LSTM, GRU and their cells: what torch.nn has under these names, run by fastrnn."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import RNNBase
+from torch.nn.modules.rnn import RNNCellBase
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+from .cells import CELLS, States
+
+_Device = torch.device | str | int | None
+_Hidden = Tensor | tuple[Tensor, Tensor]
+
+
+class _Layers(RNNBase):
+    """What RNN, LSTM and GRU share. Parameters, their names and their initialisation are
+    RNNBase's."""
+
+    _kind: ClassVar[str]
+    _rank_text: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
+
+    def flatten_parameters(self) -> None:
+        """Present for compatibility; the kernels read the parameters where they are."""
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        """Run the layers over `input`; shapes and errors are those of the class of the same name in
+        torch.nn."""
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        rank = input.dim()
+        if rank not in (2, 3):
+            raise ValueError(self._rank_text.format(self._kind, rank))
+        states = None if hx is None else self._states(hx, rank)
+        if rank == 2:
+            states = None if states is None else tuple(s.unsqueeze(1) for s in states)
+            y, ends = self._run(input.unsqueeze(1), states)
+            return y.squeeze(1), self._hidden(tuple(s.squeeze(1) for s in ends))
+        y, ends = self._run(input.transpose(0, 1) if self.batch_first else input, states)
+        return y.transpose(0, 1) if self.batch_first else y, self._hidden(ends)
+
+    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, _Hidden]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        states = None if hx is None else self._states(hx, None)
+        y, ends = self._run(data, states, batch_sizes, sorted_indices)
+        ends = _permute(ends, unsorted_indices)
+        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), self._hidden(ends)
+
+    def _run(
+        self,
+        x: Tensor,
+        states: States | None,
+        batch_sizes: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> tuple[Tensor, States]:
+        weights = self._weights()
+        self._check(x, states, weights[0][0], batch_sizes)
+        return functional.stack(
+            self._cell,
+            x,
+            None if states is None else _permute(states, order),
+            weights,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            training=self.training,
+            batch_sizes=batch_sizes,
+        )
+
+    @property
+    def _cell(self) -> str:
+        return self.mode.lower()
+
+    def _weights(self) -> list[list[Any]]:
+        """The weights as they are now, a flat list a layer: parameters, parametrizations, plain
+        tensors alike."""
+        parameters = self._parameters
+        layers: list[list[Any]] = []
+        for k, names in enumerate(self._all_weights):
+            found: list[Any] = []
+            for name in names:
+                weight = parameters.get(name)
+                found.append(getattr(self, name) if weight is None else weight)
+            if not self.bias:
+                found[2:2] = (None, None)
+            if self.bidirectional and k % 2:
+                layers[-1] += found
+            else:
+                layers.append(found)
+        return layers
+
+    def _check(
+        self, x: Tensor, states: States | None, weight: Tensor, batch_sizes: Tensor | None
+    ) -> None:
+        if x.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
+            )
+        rank = 3 if batch_sizes is None else 2
+        if x.dim() != rank:
+            raise RuntimeError(f"input must have {rank} dimensions, got {x.dim()}")
+        if x.shape[-1] != self.input_size:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {x.shape[-1]}"
+            )
+        if states is None:
+            return
+        batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        groups = self.num_layers * (2 if self.bidirectional else 1)
+        for k, state in enumerate(states):
+            width = self.hidden_size if k else self.proj_size or self.hidden_size
+            if state.shape != (groups, batch, width):
+                name = "hidden" if len(states) == 1 else f"hidden[{k}]"
+                expected = (groups, batch, width)
+                raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+
+    def _states(self, hx: Any, rank: int | None) -> States:
+        """`hx` as a tuple; `rank` is the input's, None when packed."""
+        if rank == 2 and hx.dim() != 2:
+            raise RuntimeError(
+                f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor"
+            )
+        if rank == 3 and hx.dim() != 3:
+            raise RuntimeError(
+                f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor"
+            )
+        return (hx,)
+
+    def _hidden(self, states: States) -> Any:
+        return states[0]
+
+
+def _permute(states: States, order: Tensor | None) -> States:
+    return states if order is None else tuple(s.index_select(1, order) for s in states)
+
+
+class RNN(_Layers):
+    r"""Elman RNN layers, a drop-in for :class:`torch.nn.RNN` (Elman 1990).
+
+    .. math::
+        h_t = \phi(x_t W_{ih}^T + b_{ih} + h_{t-1} W_{hh}^T + b_{hh}),
+        \quad \phi = \tanh \text{ or } \mathrm{ReLU}
+
+    Shapes, with D = 2 if bidirectional and L = num_layers: input [T, B, input_size] ([B, T,
+    input_size] if batch_first, [T, input_size] unbatched, or a PackedSequence), hx and h_n [D*L, B,
+    hidden_size], output [T, B, D*hidden_size]. dtypes: any floating dtype of torch;
+    :func:`fastrnn.explain` tells which are fused.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as torch.nn.RNN does for the same arguments.
+    """
+
+    _kind = "RNN"
+    _rank_text = "{}: Expected input to be 2D or 3D, got {}D tensor instead"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: None = None,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _refuse_projection(proj_size)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        self.nonlinearity = nonlinearity
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class LSTM(_Layers):
+    r"""LSTM layers, a drop-in for :class:`torch.nn.LSTM` (Hochreiter and Schmidhuber 1997, Gers et
+    al. 2000, projection of Sak et al. 2014).
+
+    .. math::
+        i, f, g, o &= \text{the quarters of } x_t W_{ih}^T + b_{ih} + h_{t-1} W_{hh}^T + b_{hh} \\
+        c_t &= \sigma(f) \odot c_{t-1} + \sigma(i) \odot \tanh(g) \\
+        h_t &= \sigma(o) \odot \tanh(c_t), \text{ times } W_{hr}^T \text{ with a projection}
+
+    Shapes, with D = 2 if bidirectional, L = num_layers and out = proj_size or hidden_size: input
+    [T, B, input_size] ([B, T, input_size] if batch_first, [T, input_size] unbatched, or a
+    PackedSequence), hx and the last states (h [D*L, B, out], c [D*L, B, hidden_size]), output [T,
+    B, D*out]. dtypes: any floating dtype of torch; :func:`fastrnn.explain` tells which are fused.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as torch.nn.LSTM does for the same arguments.
+    """
+
+    _kind = "LSTM"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+
+    def _states(self, hx: Any, rank: int | None) -> States:
+        h, c = hx[0], hx[1]
+        ranks = h.dim(), c.dim()
+        if rank is not None and ranks != (rank, rank):
+            kind = "unbatched 2-D" if rank == 2 else "batched 3-D"
+            raise RuntimeError(
+                f"For {kind} input, hx and cx should also be {rank}-D "
+                f"but got ({ranks[0]}-D, {ranks[1]}-D) tensors"
+            )
+        if len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
+        return h, c
+
+    def _hidden(self, states: States) -> States:
+        return states
+
+
+class GRU(_Layers):
+    r"""GRU layers, a drop-in for :class:`torch.nn.GRU` (Cho et al. 2014, the reset after the
+    product).
+
+    .. math::
+        r &= \sigma(x_t W_{ir}^T + b_{ir} + h_{t-1} W_{hr}^T + b_{hr}) \\
+        z &= \sigma(x_t W_{iz}^T + b_{iz} + h_{t-1} W_{hz}^T + b_{hz}) \\
+        n &= \tanh(x_t W_{in}^T + b_{in} + r \odot (h_{t-1} W_{hn}^T + b_{hn})) \\
+        h_t &= (1 - z) \odot n + z \odot h_{t-1}
+
+    Shapes, with D = 2 if bidirectional and L = num_layers: input [T, B, input_size] ([B, T,
+    input_size] if batch_first, [T, input_size] unbatched, or a PackedSequence), hx and h_n [D*L, B,
+    hidden_size], output [T, B, D*hidden_size]. dtypes: any floating dtype of torch;
+    :func:`fastrnn.explain` tells which are fused.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as torch.nn.GRU does for the same arguments.
+    """
+
+    _kind = "GRU"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: None = None,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _refuse_projection(proj_size)
+        super().__init__(
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+
+
+def _refuse_projection(proj_size: object) -> None:
+    if proj_size is not None:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
+class _Step(RNNCellBase):
+    """What the cells share: one step of a layer. The parameters are RNNCellBase's."""
+
+    _kind: ClassVar[str]
+
+    @property
+    def _cell(self) -> str:
+        raise NotImplementedError
+
+    def _run(self, input: Tensor, hx: States | None) -> States:
+        batched = input.dim() == 2
+        x = input if batched else input.unsqueeze(0)
+        states = hx if batched or hx is None else tuple(s.unsqueeze(0) for s in hx)
+        self._check(x, states)
+        if states is not None:
+            states = tuple(s.unsqueeze(0) for s in states)
+        weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
+        _, ends = functional.layer(self._cell, x.unsqueeze(0), states, weights)
+        ends = tuple(s.squeeze(0) for s in ends)
+        return ends if batched else tuple(s.squeeze(0) for s in ends)
+
+    def _check_rank(self, tensor: Tensor, name: str) -> None:
+        if tensor.dim() not in (1, 2):
+            raise ValueError(
+                f"{self._kind}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead"
+            )
+
+    def _check(self, x: Tensor, states: States | None) -> None:
+        if x.shape[1] != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}"
+            )
+        for k, state in enumerate(states or ()):
+            if state.dim() != 2:
+                raise RuntimeError(f"hidden{k} should have as many dimensions as the input")
+            if state.shape[0] != x.shape[0]:
+                raise RuntimeError(
+                    f"Input batch size {x.shape[0]} doesn't match "
+                    f"hidden{k} batch size {state.shape[0]}"
+                )
+            if state.shape[1] != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{k} has inconsistent hidden_size: "
+                    f"got {state.shape[1]}, expected {self.hidden_size}"
+                )
+
+
+class _StepOfOneState(_Step):
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """One step: input [B, input_size], hx and result [B, hidden_size]; or all without B."""
+        self._check_rank(input, "input")
+        if hx is not None:
+            self._check_rank(hx, "hidden")
+        return self._run(input, None if hx is None else (hx,))[0]
+
+
+class RNNCell(_StepOfOneState):
+    """One step of :class:`RNN`, a drop-in for :class:`torch.nn.RNNCell`."""
+
+    _kind = "RNNCell"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 1, device, dtype)
+        self.nonlinearity = nonlinearity
+
+    @property
+    def _cell(self) -> str:
+        name = f"rnn_{self.nonlinearity}"
+        if name not in CELLS:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return name
+
+
+class LSTMCell(_Step):
+    """One step of :class:`LSTM`, a drop-in for :class:`torch.nn.LSTMCell`."""
+
+    _kind = "LSTMCell"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 4, device, dtype)
+
+    @property
+    def _cell(self) -> str:
+        return "lstm"
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One step: input [B, input_size], hx and result (h, c), both [B, hidden_size]; or all
+        without B."""
+        self._check_rank(input, "input")
+        if hx is not None:
+            if isinstance(hx, Tensor):
+                raise TypeError(
+                    "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor"
+                )
+            for k, state in enumerate(hx):
+                self._check_rank(state, f"hx[{k}]")
+            if len(hx) != 2:
+                raise RuntimeError("lstm_cell expects two hidden states")
+        h, c = self._run(input, None if hx is None else tuple(hx))
+        return h, c
+
+
+class GRUCell(_StepOfOneState):
+    """One step of :class:`GRU`, a drop-in for :class:`torch.nn.GRUCell`."""
+
+    _kind = "GRUCell"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: _Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 3, device, dtype)
+
+    @property
+    def _cell(self) -> str:
+        return "gru"
