@@ -1,0 +1,295 @@
+"""What the tests share: torch.nn's counterparts, one way to run a layer, and the error budget."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastrnn
+from fastrnn import functional
+from fastrnn.backends import BACKENDS
+from fastrnn.cells import CELLS, States
+
+Named = dict[str, Tensor]
+
+LAYERS = [
+    pytest.param(nn.LSTM, fastrnn.LSTM, {}, id="lstm"),
+    pytest.param(nn.GRU, fastrnn.GRU, {}, id="gru"),
+    pytest.param(nn.RNN, fastrnn.RNN, {}, id="rnn_tanh"),
+    pytest.param(nn.RNN, fastrnn.RNN, {"nonlinearity": "relu"}, id="rnn_relu"),
+]
+STEPS = [
+    pytest.param(nn.LSTMCell, fastrnn.LSTMCell, {}, id="lstm"),
+    pytest.param(nn.GRUCell, fastrnn.GRUCell, {}, id="gru"),
+    pytest.param(nn.RNNCell, fastrnn.RNNCell, {}, id="rnn_tanh"),
+    pytest.param(nn.RNNCell, fastrnn.RNNCell, {"nonlinearity": "relu"}, id="rnn_relu"),
+]
+KINKED = {"rnn_relu"}  # cells whose derivative jumps where the new state becomes 0
+BACKEND_NAMES = [b.name for b in BACKENDS]
+TORCH_LAYERS: dict[str, Callable[..., nn.RNNBase]] = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "rnn_tanh": nn.RNN,
+    "rnn_relu": lambda *args, **kwargs: nn.RNN(*args, nonlinearity="relu", **kwargs),
+}
+
+
+@contextlib.contextmanager
+def using(name: str) -> Iterator[None]:
+    """Run on this backend; a problem that it refuses skips the test, with the backend's reason."""
+    try:
+        with fastrnn.backend(name):
+            yield
+    except RuntimeError as error:
+        if f"fastrnn backend {name!r} was asked for, but refuses" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer call; `lengths` makes it packed, `layout` lays x out in memory."""
+
+    T: int
+    B: int
+    I: int
+    H: int
+    reverse: tuple[bool, ...] = (False,)
+    lengths: tuple[int, ...] = ()
+    layout: str = "dense"
+    bias: bool = True
+    hx: bool = True
+    P: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"]
+        parts += [f"P{self.P}"] * bool(self.P) + ["packed"] * bool(self.lengths)
+        parts += ["reverse"] * (self.reverse == (True,)) + ["bidir"] * (len(self.reverse) == 2)
+        parts += [self.layout] * (self.layout != "dense")
+        return "-".join(parts + ["nobias"] * (not self.bias) + ["nohx"] * (not self.hx))
+
+    @property
+    def out(self) -> int:
+        return self.P or self.H
+
+    @property
+    def batch_sizes(self) -> Tensor | None:
+        if not self.lengths:
+            return None
+        return torch.tensor([sum(n > t for n in self.lengths) for t in range(self.T)])
+
+
+@dataclass
+class Inputs:
+    """Leaves of one call and the gradients that its outputs get, all in one dtype."""
+
+    x: Tensor
+    states: list[Tensor]
+    weights: list[Tensor | None]
+    grads: list[Tensor] = field(default_factory=list)
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """Fresh leaves in another dtype; x keeps its memory layout."""
+
+        def leaf(t: Tensor) -> Tensor:
+            return t.detach().to(dtype).requires_grad_()
+
+        weights = [None if w is None else leaf(w) for w in self.weights]
+        grads = [g.to(dtype) for g in self.grads]
+        return Inputs(leaf(self.x), [leaf(s) for s in self.states], weights, grads)
+
+
+def make_inputs(cell: str, case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Random inputs, rounded to `dtype`, with weights of torch.nn's scale."""
+    generator = torch.Generator().manual_seed(seed)
+    kind, G = CELLS[cell], len(case.reverse)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def uniform(*shape: int) -> Tensor:
+        values = torch.rand(*shape, generator=generator, dtype=torch.float64)
+        return ((values * 2 - 1) / math.sqrt(case.H)).to(dtype).requires_grad_()
+
+    lead = (sum(case.lengths),) if case.lengths else (case.T, case.B)
+    rows, bias = kind.gates * case.H, case.bias
+    weights: list[Tensor | None] = []
+    for _ in range(G):
+        weights += [uniform(rows, case.I), uniform(rows, case.out)]
+        weights += [uniform(rows) if bias else None, uniform(rows) if bias else None]
+        weights += [uniform(case.P, case.H)] if case.P else []
+    widths = [case.out, case.H][: kind.states]
+    states = [normal(G, case.B, w).requires_grad_() for w in widths] if case.hx else []
+    grads = [normal(*lead, G * case.out), *(normal(G, case.B, w) for w in widths)]
+    x = lay_out(normal(*lead, case.I), case.layout).requires_grad_()
+    return Inputs(x, states, weights, grads)
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same values elsewhere in memory (`expanded` keeps only the first row of the batch)."""
+    if layout == "dense":
+        return x
+    if layout == "batch_first":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "feature_first":
+        return x.movedim(-1, 0).contiguous().movedim(0, -1)
+    if layout == "padded":
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), math.nan)
+        wide[..., 1:-2] = x
+        return wide[..., 1:-2]
+    if layout == "every_other":
+        double = x.new_full((2 * x.shape[0], *x.shape[1:]), math.nan)
+        double[::2] = x
+        return double[::2]
+    assert layout == "expanded"
+    return x[:, :1].expand_as(x)
+
+
+def collect(outputs: Sequence[Tensor], inputs: Inputs) -> Named:
+    """Outputs and the gradients of every leaf, by name; x's only once."""
+    torch.autograd.backward(list(outputs), inputs.grads)
+    found: Named = dict(zip(("y", "h_n", "c_n"), (o.detach() for o in outputs), strict=False))
+    leaves: dict[str, Tensor | None] = {"x": inputs.x}
+    leaves |= {f"state{k}": s for k, s in enumerate(inputs.states)}
+    leaves |= {f"weight{k}": w for k, w in enumerate(inputs.weights)}
+    for name, leaf in leaves.items():
+        if leaf is not None:
+            assert leaf.grad is not None, name
+            assert leaf.grad.shape == leaf.shape
+            assert leaf.grad.dtype == leaf.dtype
+            found[f"d{name}"] = leaf.grad
+    return found
+
+
+def run(cell: str, case: Case, inputs: Inputs, backend: str) -> Named:
+    """Forward and backward of one layer on a backend."""
+    states = tuple(inputs.states) or None
+    with using(backend):
+        y, ends = functional.layer(
+            cell, inputs.x, states, inputs.weights, case.reverse, case.batch_sizes
+        )
+    return collect([y, *ends], inputs)
+
+
+def run_plain(cell: str, case: Case, inputs: Inputs) -> Named:
+    """The same in plain PyTorch: torch.nn's layer where there is one, else our reference."""
+    if cell not in TORCH_LAYERS or case.reverse == (True,):
+        return run(cell, case, inputs, "reference")
+    options: dict[str, Any] = {"proj_size": case.P} if case.P else {}
+    layer = TORCH_LAYERS[cell](
+        case.I, case.H, bias=case.bias, bidirectional=len(case.reverse) == 2, **options
+    )
+    names = layer._flat_weights_names
+    given = dict(zip(names, (w for w in inputs.weights if w is not None), strict=True))
+    hx: Any = tuple(inputs.states) if len(inputs.states) == 2 else next(iter(inputs.states), None)
+    x: Any = inputs.x
+    if case.batch_sizes is not None:
+        x = nn.utils.rnn.PackedSequence(x, case.batch_sizes)
+    y, ends = torch.func.functional_call(layer, given, (x, hx))
+    y = y.data if case.lengths else y
+    return collect([y, *(ends if isinstance(ends, tuple) else [ends])], inputs)
+
+
+def rms(t: Tensor) -> float:
+    return t.double().square().mean().sqrt().item() if t.numel() else 0.0
+
+
+def floor(dtype: torch.dtype, terms: int, elements: int) -> float:
+    """Relative error, root mean square over the elements of a tensor, that any implementation in
+    `dtype` may have, besides what plain PyTorch has.
+
+    A rounding error is up to half an ulp, 1/sqrt(3) of that in the mean square, and independent
+    errors add up like a random walk. A result is a sum of up to `terms` products, so there are
+    `terms` roundings of the accumulator (float32 or wider), and 4 of `dtype`: those of the three
+    factors that come out of memory (activation, incoming gradient, state) and of the result.
+    The mean over n elements scatters by 1/sqrt(2n) of itself, of which three times are allowed.
+    """
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    ulps = math.sqrt(4) * torch.finfo(dtype).eps + math.sqrt(terms) * torch.finfo(accumulator).eps
+    return ulps / 2 / math.sqrt(3) * (1 + 3 / math.sqrt(2 * max(elements, 1)))
+
+
+def assert_close(found: Tensor, truth: Tensor, terms: int, dtype: torch.dtype) -> None:
+    """Equal up to the floor."""
+    assert found.shape == truth.shape
+    assert rms(found - truth) <= floor(dtype, terms, truth.numel()) * rms(truth)
+
+
+def assert_within_budget(
+    ours: Named, plain: Named, exact: Named, dtype: torch.dtype, terms: int
+) -> None:
+    """Our error is at most twice that of plain PyTorch plus the floor, for every tensor.
+
+    `exact` is the same in float64. Errors are root mean squares over a tensor, against its root
+    mean square: a single element near zero has no relative error worth the name.
+    """
+    assert plain.keys() == exact.keys()
+    _assert_within(
+        {k: rms(plain[k].double() - v) for k, v in exact.items()}, ours, exact, dtype, terms
+    )
+
+
+def _assert_within(
+    plain: dict[str, float], ours: Named, exact: Named, dtype: torch.dtype, terms: int
+) -> None:
+    assert ours.keys() == exact.keys()
+    bad = []
+    for name, truth in exact.items():
+        assert ours[name].shape == truth.shape, name
+        assert ours[name].dtype == dtype, name
+        error = rms(ours[name].double() - truth)
+        allowed = 2 * plain[name] + floor(dtype, terms, truth.numel()) * rms(truth)
+        if not error <= allowed:
+            bad.append(
+                f"{name}: {error:.3g}, plain PyTorch {plain[name]:.3g}, allowed {allowed:.3g}"
+            )
+    assert not bad, "; ".join(bad)
+
+
+class Truth:
+    """A layer call in float64, and what plain PyTorch makes of it in `dtype`."""
+
+    def __init__(
+        self, cell: str, case: Case, dtype: torch.dtype, backend: str = "reference"
+    ) -> None:
+        self.cell, self.case, self.dtype = cell, case, dtype
+        inputs = make_inputs(cell, case, dtype)
+        self.exact = run(cell, case, inputs.to(torch.float64), backend)
+        result = run_plain(cell, case, inputs)
+        exact = self._on_the_side_of(result)
+        self.plain = {name: rms(result[name].double() - exact[name]) for name in exact}
+
+    def check(self, ours: Named) -> None:
+        """Assert the budget (see :func:`assert_within_budget`)."""
+        case = self.case
+        longest = case.T * case.B + case.I + case.H  # a weight gradient's sum, or a gate's
+        _assert_within(self.plain, ours, self._on_the_side_of(ours), self.dtype, longest)
+
+    def _on_the_side_of(self, result: Named) -> Named:
+        """The truth for a result: at a kink, where a rounding error decides between two slopes that
+        differ by O(1), either is right, so the exact run takes the slope that the result took."""
+        if self.cell not in KINKED or torch.equal(result["y"] > 0, self.exact["y"] > 0):
+            return self.exact
+        case = self.case
+        sizes = [case.B] * case.T if case.batch_sizes is None else case.batch_sizes.tolist()
+        active = (result["y"] > 0).reshape(sum(sizes), len(case.reverse), case.H)
+        steps: list[Tensor] = []
+        for g, backwards in enumerate(case.reverse):
+            in_time = list(active[:, g].split(sizes))
+            steps += reversed(in_time) if backwards else in_time
+        slopes = iter(steps)
+
+        def step(gates_x: Tensor, gates_h: Tensor, states: States) -> States:
+            return ((gates_x + gates_h) * next(slopes),)
+
+        inputs = make_inputs(self.cell, case, self.dtype).to(torch.float64)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(CELLS, self.cell, replace(CELLS[self.cell], step=step))
+            return run(self.cell, case, inputs, "reference")

@@ -1,0 +1,148 @@
+"""The compiled kernels: every cell, instruction set and dtype on awkward shapes, against
+float64."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import Case, Truth, make_inputs, run
+from torch import Tensor
+
+from fastrnn import functional
+from fastrnn.cells import CELLS
+
+_C = pytest.importorskip("fastrnn._C")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+BOTH = (False, True)
+CASES = [
+    Case(1, 1, 1, 1),
+    Case(1, 1, 17, 33),
+    Case(2, 1, 1, 70),
+    Case(7, 3, 5, 13),
+    Case(9, 1, 40, 31, hx=False),
+    Case(4, 7, 16, 16, bias=False),
+    Case(5, 37, 19, 48, hx=False),
+    Case(3, 2, 70, 129),
+    Case(3, 65, 33, 40),
+    Case(1025, 2, 3, 5),
+    Case(6, 5, 9, 11, reverse=(True,)),
+    Case(6, 5, 9, 21, reverse=BOTH),
+    Case(6, 13, 9, 16, reverse=BOTH, hx=False),
+    Case(9, 6, 7, 19, lengths=(9, 8, 8, 3, 1, 1)),
+    Case(5, 3, 7, 18, lengths=(5, 5, 2), hx=False),
+    Case(8, 7, 10, 17, lengths=(8, 8, 6, 5, 2, 2, 1), reverse=BOTH),
+    Case(4, 20, 3, 16, lengths=(4,) * 9 + (3,) * 6 + (1,) * 5, reverse=BOTH, bias=False),
+    Case(6, 4, 10, 15, layout="batch_first"),
+    Case(6, 4, 10, 15, layout="feature_first"),
+    Case(6, 4, 10, 15, layout="padded"),
+    Case(6, 4, 10, 15, layout="every_other"),
+    Case(6, 4, 10, 15, layout="expanded"),
+]
+
+
+@contextlib.contextmanager
+def isa(name: str) -> Iterator[None]:
+    before = _C.isa()
+    _C.use_isa(name)
+    try:
+        yield
+    finally:
+        _C.use_isa(before)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN: whatever a kernel reads before writing shows."""
+
+    def poison(result: Tensor) -> Tensor:
+        if result.is_floating_point():
+            return result.fill_(math.nan)
+        return result.fill_(255) if result.dtype == torch.uint8 else result
+
+    def wrap(allocate: Any) -> Any:
+        return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", wrap(torch.empty))
+        patch.setattr(torch, "empty_like", wrap(torch.empty_like))
+        patch.setattr(Tensor, "new_empty", wrap(Tensor.new_empty))
+        yield
+
+
+truth = functools.lru_cache(maxsize=2)(Truth)
+
+
+@pytest.mark.parametrize("name", _C.isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_values_and_gradients(cell: str, case: Case, dtype: torch.dtype, name: str) -> None:
+    expected = truth(cell, case, dtype)
+    inputs = make_inputs(cell, case, dtype)
+    with isa(name), poisoned():
+        ours = run(cell, case, inputs, "cpu")
+    expected.check(ours)
+
+
+@pytest.mark.parametrize("name", _C.isas())
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(3, 2, 3, 4),
+        Case(2, 1, 2, 17, hx=False, bias=False),
+        Case(4, 3, 2, 3, lengths=(4, 2, 1), reverse=BOTH),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck_in_double(cell: str, case: Case, name: str) -> None:
+    inputs = make_inputs(cell, case, torch.float64)
+    leaves = [inputs.x, *inputs.states, *(w for w in inputs.weights if w is not None)]
+
+    def layer(*leaves: Tensor) -> tuple[Tensor, ...]:
+        x, *rest = leaves
+        states, given = tuple(rest[: len(inputs.states)]), iter(rest[len(inputs.states) :])
+        weights = [None if w is None else next(given) for w in inputs.weights]
+        y, ends = functional.layer(cell, x, states or None, weights, case.reverse, case.batch_sizes)
+        return y, *ends
+
+    with isa(name):
+        assert torch.autograd.gradcheck(layer, leaves, fast_mode=False)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(20, 3, 17, 37, reverse=BOTH), Case(20, 40, 17, 37), Case(9, 1, 40, 96)],
+    ids=str,
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_same_bits_on_repeat_runs(cell: str, case: Case, dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    first, *others = (run(cell, case, make_inputs(cell, case, dtype), "cpu") for _ in range(4))
+    for other in others:
+        for key, value in first.items():
+            assert torch.equal(value, other[key]), key
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "case",
+    [Case(6, 1, 5, 37), Case(6, 2, 5, 100), Case(6, 25, 5, 37), Case(6, 3, 5, 37, reverse=BOTH)],
+    ids=str,
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_any_number_of_threads(cell: str, case: Case, threads: int) -> None:
+    expected = truth(cell, case, torch.float32)
+    torch.set_num_threads(threads)
+    with poisoned():
+        ours = run(cell, case, make_inputs(cell, case, torch.float32), "cpu")
+    expected.check(ours)
