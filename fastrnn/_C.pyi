@@ -1,0 +1,85 @@
+"""The extension that csrc/bindings.cpp defines.
+
+Sizes are numbers of elements, `bytes` is of the workspace, and an address is a tensor's data_ptr(),
+or 0 where there is no tensor.
+"""
+
+from collections.abc import Sequence
+
+unit_pad: int
+max_groups: int
+
+def cells() -> dict[str, tuple[int, int, int, int, bool]]: ...
+def isas() -> list[str]: ...
+def isa() -> str: ...
+def use_isa(name: str, /) -> None: ...
+def fma_peak(threads: int, seconds: float, /) -> float: ...
+def forward_bytes(
+    cell: int,
+    dtype: int,
+    threads: int,
+    T: int,
+    B: int,
+    N: int,
+    I: int,
+    H: int,
+    G: int,
+    save: bool,
+    /,
+) -> int: ...
+def forward(
+    cell: int,
+    dtype: int,
+    threads: int,
+    T: int,
+    B: int,
+    N: int,
+    I: int,
+    H: int,
+    reverse: Sequence[bool],
+    weights: Sequence[int],
+    batch_sizes: int,
+    x: int,
+    x_stride_t: int,
+    x_stride_b: int,
+    h0: int,
+    c0: int,
+    y: int,
+    h_n: int,
+    c_n: int,
+    gates: int,
+    cells: int,
+    workspace: int,
+    bytes: int,
+    /,
+) -> None: ...
+def backward_bytes(
+    cell: int, dtype: int, threads: int, T: int, B: int, N: int, H: int, G: int, dh0: bool, /
+) -> int: ...
+def backward(
+    cell: int,
+    dtype: int,
+    threads: int,
+    T: int,
+    B: int,
+    N: int,
+    H: int,
+    reverse: Sequence[bool],
+    weights: Sequence[int],
+    batch_sizes: int,
+    h0: int,
+    c0: int,
+    y: int,
+    gates: int,
+    cells: int,
+    dy: int,
+    dh_n: int,
+    dc_n: int,
+    dgates_x: int,
+    dgates_h: int,
+    dh0: int,
+    dc0: int,
+    workspace: int,
+    bytes: int,
+    /,
+) -> None: ...
