@@ -119,9 +119,10 @@ def _backward(
 ) -> list[Tensor]:
     """The needed gradients, in the order x, h0, c0, *weights."""
     problem = describe(cell, x, batch_sizes, weights, reverse, batch, True)
-    return _kernels(backend).backward(
-        problem, dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, reverse, y, saved, needs
-    )
+    with torch._C._DisableAutocast():  # which forward() may not have been called under
+        return _kernels(backend).backward(
+            problem, dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, reverse, y, saved, needs
+        )
 
 
 def _backward_fake(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 from fastrnn import functional
@@ -293,3 +295,69 @@ class Truth:
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(CELLS, self.cell, replace(CELLS[self.cell], step=step))
             return run(self.cell, case, inputs, "reference")
+
+
+def outputs_of(result: Any) -> dict[str, Tensor]:
+    """The tensors that a layer or cell returned, by name."""
+    if isinstance(result, Tensor):
+        return {"h": result}
+    first, rest = result
+    named = {"y": first.data if isinstance(first, PackedSequence) else first}
+    if isinstance(rest, Tensor):
+        return named | {"h_n": rest}
+    return named | {f"end{k}": s for k, s in enumerate(rest)}
+
+
+def call(module: nn.Module, x: Any, hx: Any, dtype: torch.dtype) -> Named:
+    """Outputs and all gradients of a module called in `dtype` with fresh leaves like x and hx."""
+    generator = torch.Generator().manual_seed(1)
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().to(dtype).requires_grad_()
+
+    data = leaf(x.data if isinstance(x, PackedSequence) else x)
+    given = x._replace(data=data) if isinstance(x, PackedSequence) else data
+    states = [] if hx is None else [leaf(s) for s in ([hx] if isinstance(hx, Tensor) else hx)]
+    again = None if hx is None else states[0] if isinstance(hx, Tensor) else type(hx)(states)
+    module = copy.deepcopy(module).to(dtype)
+    module.zero_grad()
+    named = outputs_of(module(given, again))
+    grads = [torch.randn(o.shape, generator=generator).to(dtype) for o in named.values()]
+    torch.autograd.backward(list(named.values()), grads)
+    found = {k: v.detach() for k, v in named.items()}
+    leaves = {"x": data} | {f"state{k}": s for k, s in enumerate(states)}
+    for name, tensor in (leaves | dict(module.named_parameters())).items():
+        if tensor.requires_grad:
+            assert tensor.grad is not None, name
+            found[f"d{name}"] = tensor.grad
+    return found
+
+
+def check_module(
+    theirs: nn.Module,
+    ours: nn.Module,
+    x: Any,
+    hx: Any = None,
+    *,
+    backend: str = "reference",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Outputs and all gradients of our module are within the budget of torch.nn's, which has the
+    same weights; `hx` is a tensor, a list, a tuple or None."""
+    ours.load_state_dict(theirs.state_dict())
+    rounded = copy.deepcopy(theirs).to(dtype)  # the weights that both have in `dtype`
+    data = x.data if isinstance(x, PackedSequence) else x
+    exact = call(rounded, _rounded(x, dtype), _rounded(hx, dtype), torch.float64)
+    plain = call(rounded, x, hx, dtype)
+    with using(backend):
+        found = call(ours, x, hx, dtype)
+    longest = data[..., 0].numel() + sum(max(w.shape) for w in theirs.parameters())
+    assert_within_budget(found, plain, exact, dtype, longest)
+
+
+def _rounded(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, PackedSequence):
+        return value._replace(data=value.data.to(dtype))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_rounded(v, dtype) for v in value)
+    return value if value is None else value.to(dtype)
