@@ -13,10 +13,19 @@ struct BackwardLayout {
   struct GroupBuffers {
     Panels<T> hh;             // W_hh by columns
     T* dgates[2];             // [B, depth] of the step after, in turn: the GEMM's A
-    A* dstates[Cell::states]; // [B, Hp] passed back past W_hh
+    A* dstates[Cell::states]; // [vectors, B, lanes] passed back past W_hh
+    T* h0;                    // [B, Hp] initial states, zeros where none were given
+    A* c0;                    // [vectors, B, lanes]
+  };
+  // Where one batch row's vectors lie in one step.
+  struct Row {
+    Strided<const A> gates, c_before;
+    const T *h_before, *dy;
+    T *dgates, *dgates_x, *dgates_h;
+    Strided<A> dstates[Cell::states];
   };
 
-  BackwardLayout(const BackwardArgs& args, const Plan& plan, void* base)
+  BackwardLayout(const BackwardArgs& args, const Plan& plan, void* base, int thread_index)
       : Hp(round_up(args.H, kUnitPad)),
         depth(round_up(Cell::gates * Hp, kDepthPad<T>)),
         nv(plan.panel_vectors),
@@ -30,6 +39,12 @@ struct BackwardLayout {
       const int64_t rows = args.seq.B + kRowPad<T> * plan.row_parts;
       for (T*& d : buffers.dgates) d = arena_.template take<T>(rows * depth);
       for (A*& d : buffers.dstates) d = arena_.template take<A>(args.seq.B * Hp);
+      buffers.h0 = arena_.template take<T>(args.seq.B * Hp);
+      buffers.c0 = Cell::states > 1 ? arena_.template take<A>(args.seq.B * Hp) : nullptr;
+    }
+    for (int i = 0; i < plan.threads; ++i) {
+      Row* const r = arena_.template take<Row>(ceil_div(args.seq.B, plan.row_parts));
+      if (i == thread_index) rows = r;
     }
   }
   int64_t bytes() const { return arena_.used(); }
@@ -38,6 +53,7 @@ struct BackwardLayout {
   int nv;
   int64_t panels;
   GroupBuffers group[kMaxGroups];
+  Row* rows = nullptr;
 
  private:
   Arena arena_;
@@ -58,6 +74,7 @@ class BackwardScan {
         share_(share),
         group_(args.groups[g]),
         buffers_(layout.group[g]),
+        rows_(layout.rows),
         panels_(split(layout.panels, share.unit_parts, share.unit_part)),
         gates_(group_matrix<A>(args.gates, g, seq_.N, Cell::saved * layout.Hp)),
         cells_(group_matrix<A>(args.cells, g, seq_.N, layout.Hp)),
@@ -85,7 +102,7 @@ class BackwardScan {
     }
     if (dh0_) {
       const int64_t rows = share_.count(seq_.active(group_.step_to_time(0, seq_.T)));
-      for_each_block(rows, 0, [&](int r, int64_t p, int64_t b) { initial_gradient(r, p, b); });
+      for_each_block(rows, -1, [&](int64_t j0, int n, int64_t p) { initial_gradient(j0, 0, n, p); });
     }
     if (dc0_) store_state_gradient(1, dc0_);
   }
@@ -96,13 +113,18 @@ class BackwardScan {
     const T* const finals[] = {dh_n_, dc_n_};
     for (int64_t j = 0; j < share_.count(seq_.B); ++j) {
       const int64_t b = share_.row(j);
-      for (int k = 0; k < Cell::states; ++k) {
-        A* const out = buffers_.dstates[k] + b * layout_.Hp;
-        for (int64_t u = units_.begin; u < units_.end; ++u) {
-          out[u] = finals[k] && u < args_.H ? widen_one(finals[k][b * args_.H + u]) : 0;
-        }
-      }
+      for (int k = 0; k < Cell::states; ++k) start_state(buffers_.dstates[k], b, finals[k]);
       for (T* d : buffers_.dgates) clear_padding(d + b * layout_.depth);
+      T* const h = buffers_.h0 + b * layout_.Hp;
+      for (int64_t u = units_.begin; u < units_.end; ++u) h[u] = h0_ && u < args_.H ? h0_[b * args_.H + u] : T{};
+      if constexpr (Cell::states > 1) start_state(buffers_.c0, b, c0_);
+    }
+  }
+
+  void start_state(A* states, int64_t b, const T* values) const {
+    const Strided<A> row = strided_row(states, seq_.B, b, 1);
+    for (int64_t u = units_.begin; u < units_.end; u += lanes) {
+      store(row.vector(u), values && u < args_.H ? load_first(values + b * args_.H + u, args_.H - u) : V{});
     }
   }
 
@@ -116,19 +138,22 @@ class BackwardScan {
     for (int64_t k = Cell::gates * layout_.Hp; k < layout_.depth; ++k) row[k] = T{};
   }
 
-  // Calls body(row of the tile, panel, batch row) over my panels for my first `rows` rows, the tile holding
-  // dgates W_hh of the step that wrote buffer `from`.
+  // Calls body(first row, rows, panel) over my panels for blocks of my first `rows` rows, the tile holding
+  // dgates W_hh of step s + 1.
   template <class Body>
-  void for_each_block(int64_t rows, int from, Body body) {
+  void for_each_block(int64_t rows, int64_t s, Body body) {
     const RowBlocks<T> blocks(rows, layout_.nv);
     const int64_t ld = share_.row_parts * layout_.depth;
-    for (int64_t p = panels_.begin; p < panels_.end; ++p) {
+    const Panels<T>& w = buffers_.hh;
+    const T* const dgates = buffers_.dgates[(s + 1) & 1];
+    const Sweep sweep(panels_, s);
+    for (int64_t p = sweep.first; p != sweep.end; p += sweep.stride) {
       for (int64_t i = 0; i < blocks.count(); ++i) {
         const int64_t j0 = blocks.begin(i);
         const int n = blocks.size(i);
-        const T* const a = buffers_.dgates[from] + share_.row(j0) * layout_.depth;
-        blocks.kernel(layout_.nv, n)(a, ld, buffers_.hh.panel(p), layout_.depth, buffers_.hh.panel_bias(p), tile_.c);
-        for (int r = 0; r < n; ++r) body(r, p, share_.row(j0 + r));
+        const T* const a = dgates + share_.row(j0) * layout_.depth;
+        blocks.kernel(layout_.nv, n)(a, ld, w.panel(p), w.depth, w.panel_bias(p), tile_.c, w.ahead(p + sweep.stride, i));
+        body(j0, n, p);
       }
     }
   }
@@ -139,90 +164,88 @@ class BackwardScan {
     const int64_t t = group_.step_to_time(s, seq_.T);
     const int64_t rows = share_.count(seq_.active(t));
     const int64_t before = s + 1 < seq_.T ? share_.count(seq_.active(group_.time_after(t))) : 0;
-    const int64_t active = seq_.active(t);
-    if (before > rows && !dh0_) {
-      for_each_block(rows, (s + 1) & 1, [&](int r, int64_t p, int64_t b) { apply_cell(r, p, b, t, s & 1); });
-      return;
-    }
-    for_each_block(before, (s + 1) & 1, [&](int r, int64_t p, int64_t b) {
-      b < active ? apply_cell(r, p, b, t, s & 1) : initial_gradient(r, p, b);
+    for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(share_.row(j), s, t);
+    for_each_block(before, s, [&](int64_t j0, int n, int64_t p) {
+      const int active = static_cast<int>(rows - j0 < 0 ? 0 : rows - j0 < n ? rows - j0 : n);
+      apply_cell(rows_ + j0, active, p, 1);
+      if (dh0_) initial_gradient(j0, active, n, p);
     });
     if (before >= rows) return;
     std::memset(tile_.c, 0, sizeof tile_.c);
-    for (int64_t p = panels_.begin; p < panels_.end; ++p) {
-      for (int64_t j = before; j < rows; ++j) apply_cell(0, p, share_.row(j), t, s & 1);
-    }
+    const int woken = static_cast<int>(rows - before);
+    for (int64_t p = panels_.begin; p < panels_.end; ++p) apply_cell(rows_ + before, woken, p, 0);
   }
 
-  void apply_cell(int r, int64_t p, int64_t b, int64_t t, int to) const {
-    const int64_t row = seq_.offset(t) + b;
-    const A* const gates = gates_ + row * Cell::saved * layout_.Hp;
-    T* const dgates = buffers_.dgates[to] + b * layout_.depth;
-    T* const dgates_x = dgates_x_ + row * Cell::gates * layout_.Hp;
-    T* const dgates_h = dgates_h_ ? dgates_h_ + row * Cell::gates * layout_.Hp : nullptr;
-    const Before before = states_before(t, b);
+  typename Layout::Row find_row(int64_t b, int64_t s, int64_t t) const {
+    const int64_t row = seq_.offset(t) + b, before = group_.time_before(t);
+    const int64_t gates = Cell::gates * layout_.Hp;
+    typename Layout::Row r{};
+    r.gates = strided_row(gates_ + seq_.offset(t) * Cell::saved * layout_.Hp, seq_.active(t), b, Cell::saved);
+    r.dy = dy_ ? dy_ + row * y_ld_ : nullptr;
+    r.dgates = buffers_.dgates[s & 1] + b * layout_.depth;
+    r.dgates_x = dgates_x_ + row * gates;
+    r.dgates_h = dgates_h_ ? dgates_h_ + row * gates : nullptr;
+    for (int k = 0; k < Cell::states; ++k) r.dstates[k] = strided_row(buffers_.dstates[k], seq_.B, b, 1);
+    const int64_t rows_before = seq_.active_or_none(before);
+    const bool initial = b >= rows_before;
+    r.h_before = initial ? buffers_.h0 + b * layout_.Hp : y_ + (seq_.offset(before) + b) * y_ld_;
+    if constexpr (Cell::states > 1) {
+      r.c_before = initial ? strided_row<const A>(buffers_.c0, seq_.B, b, 1)
+                           : strided_row(cells_ + seq_.offset(before) * layout_.Hp, rows_before, b, 1);
+    }
+    return r;
+  }
+
+  // Row r of the block takes row r * stride of the tile.
+  void apply_cell(const typename Layout::Row* rows, int n, int64_t p, int stride) const {
     for (int v = 0; v < layout_.nv; ++v) {
       const int64_t u = (p * layout_.nv + v) * lanes;
       if (u >= layout_.Hp) return;
-      if (u >= args_.H) {
-        clear_vector(dgates_x, dgates_h, u);
-        continue;
-      }
-      V save[Cell::saved], state[Cell::states], ds[Cell::states], dx[Cell::gates], dr[Cell::gates];
-      for (int k = 0; k < Cell::saved; ++k) save[k] = load(gates + k * layout_.Hp + u);
-      state[0] = before.h ? load_first(before.h + u, args_.H - u) : V{};
-      if constexpr (Cell::states > 1) state[1] = before.load_c(u, args_.H);
-      for (int k = 0; k < Cell::states; ++k) ds[k] = load(buffers_.dstates[k] + b * layout_.Hp + u);
-      ds[0] += tile_.at(r, layout_.nv, v);
-      if (dy_) ds[0] += load_first(dy_ + row * y_ld_ + u, args_.H - u);
-      Cell::backward(save, state, ds, dx, dr);
-      for (int k = 0; k < Cell::states; ++k) store(buffers_.dstates[k] + b * layout_.Hp + u, ds[k]);
-      for (int k = 0; k < Cell::gates; ++k) {
-        store(dgates + k * layout_.Hp + u, dr[k]);
-        store(dgates_x + k * layout_.Hp + u, dx[k]);
-        if (dgates_h) store(dgates_h + k * layout_.Hp + u, dr[k]);
+      for (int r = 0; r < n; ++r) {
+        u < args_.H ? apply_cell(rows[r], tile_.at(r * stride, layout_.nv, v), u) : clear_vector(rows[r], u);
       }
     }
-    if (p == layout_.panels - 1) clear_tail(dgates_x, dgates_h);
+    if (p + 1 < layout_.panels) return;
+    for (int64_t u = layout_.panels * layout_.nv * lanes; u < layout_.Hp; u += lanes) {
+      for (int r = 0; r < n; ++r) clear_vector(rows[r], u);
+    }
   }
 
-  void clear_vector(T* dgates_x, T* dgates_h, int64_t u) const {
+  FASTRNN_INLINE void apply_cell(const typename Layout::Row& row, V dh, int64_t u) const {
+    V save[Cell::saved], state[Cell::states], ds[Cell::states], dx[Cell::gates], dr[Cell::gates];
+    const A* const gates = row.gates.vector(u);
+    for (int k = 0; k < Cell::saved; ++k) save[k] = load(gates + k * lanes);
+    state[0] = load_first(row.h_before + u, args_.H - u);
+    if constexpr (Cell::states > 1) state[1] = load(row.c_before.vector(u));
+    for (int k = 0; k < Cell::states; ++k) ds[k] = load(row.dstates[k].vector(u));
+    ds[0] += dh;
+    if (row.dy) ds[0] += load_first(row.dy + u, args_.H - u);
+    Cell::backward(save, state, ds, dx, dr);
+    for (int k = 0; k < Cell::states; ++k) store(row.dstates[k].vector(u), ds[k]);
     for (int k = 0; k < Cell::gates; ++k) {
-      store(dgates_x + k * layout_.Hp + u, V{});
-      if (dgates_h) store(dgates_h + k * layout_.Hp + u, V{});
+      store(row.dgates + k * layout_.Hp + u, dr[k]);
+      store(row.dgates_x + k * layout_.Hp + u, dx[k]);
+      if (!Cell::shared_dgates) store(row.dgates_h + k * layout_.Hp + u, dr[k]);
     }
   }
 
-  // Padded units beyond the last panel, where vectors are narrower than the padding.
-  void clear_tail(T* dgates_x, T* dgates_h) const {
-    for (int64_t u = layout_.panels * layout_.nv * lanes; u < layout_.Hp; u += lanes) clear_vector(dgates_x, dgates_h, u);
+  void clear_vector(const typename Layout::Row& row, int64_t u) const {
+    for (int k = 0; k < Cell::gates; ++k) {
+      store(row.dgates_x + k * layout_.Hp + u, V{});
+      if (row.dgates_h) store(row.dgates_h + k * layout_.Hp + u, V{});
+    }
   }
 
-  struct Before {
-    const T* h;        // null: zeros
-    const A* c;        // null: take c_initial
-    const T* c_initial;
-    FASTRNN_INLINE V load_c(int64_t u, int64_t H) const {
-      if (c) return load(c + u);
-      return c_initial ? load_first(c_initial + u, H - u) : V{};
-    }
-  };
-
-  Before states_before(int64_t t, int64_t b) const {
-    const int64_t before = group_.time_before(t);
-    if (b < seq_.active_or_none(before)) {
-      const int64_t row = seq_.offset(before) + b;
-      return {y_ + row * y_ld_, cells_ ? cells_ + row * layout_.Hp : nullptr, nullptr};
-    }
-    return {h0_ ? h0_ + b * args_.H : nullptr, nullptr, c0_ ? c0_ + b * args_.H : nullptr};
-  }
-
-  void initial_gradient(int r, int64_t p, int64_t b) const {
+  // Rows [from, n) of the block have no earlier step: what would go there is their initial state's gradient.
+  void initial_gradient(int64_t j0, int from, int n, int64_t p) const {
     for (int v = 0; v < layout_.nv; ++v) {
       const int64_t u = (p * layout_.nv + v) * lanes;
       if (u >= args_.H) return;
-      const V d = tile_.at(r, layout_.nv, v) + load(buffers_.dstates[0] + b * layout_.Hp + u);
-      store_first(dh0_ + b * args_.H + u, d, args_.H - u);
+      for (int r = from; r < n; ++r) {
+        const int64_t b = share_.row(j0 + r);
+        const V d = tile_.at(r, layout_.nv, v) + load(strided_row(buffers_.dstates[0], seq_.B, b, 1).vector(u));
+        store_first(dh0_ + b * args_.H + u, d, args_.H - u);
+      }
     }
   }
 
@@ -230,7 +253,7 @@ class BackwardScan {
     for (int64_t j = 0; j < share_.count(seq_.B); ++j) {
       const int64_t b = share_.row(j);
       for (int64_t u = units_.begin; u < units_.end && u < args_.H; u += lanes) {
-        store_first(out + b * args_.H + u, load(buffers_.dstates[k] + b * layout_.Hp + u), args_.H - u);
+        store_first(out + b * args_.H + u, load(strided_row(buffers_.dstates[k], seq_.B, b, 1).vector(u)), args_.H - u);
       }
     }
   }
@@ -241,6 +264,7 @@ class BackwardScan {
   const Share& share_;
   const Group& group_;
   const typename Layout::GroupBuffers& buffers_;
+  typename Layout::Row* rows_;
   Range panels_, units_;
   const A *gates_, *cells_;
   const T *h0_, *c0_, *dh_n_, *dc_n_;
@@ -253,7 +277,7 @@ class BackwardScan {
 template <class Cell, class T>
 void backward(const BackwardArgs& args, const Plan& plan, const Team& team, int thread) {
   const TileScope tiles;
-  const BackwardLayout<Cell, T> layout(args, plan, args.workspace);
+  const BackwardLayout<Cell, T> layout(args, plan, args.workspace, thread);
   const Range mine = split(plan.pack ? layout.panels : 0, plan.threads, thread);
   for (int g = 0; g < args.G; ++g) {
     const T* const w = static_cast<const T*>(args.groups[g].w_hh);
@@ -267,7 +291,7 @@ void backward(const BackwardArgs& args, const Plan& plan, const Team& team, int 
 
 template <class Cell, class T>
 int64_t backward_bytes(const BackwardArgs& args, const Plan& plan) {
-  return BackwardLayout<Cell, T>(args, plan, nullptr).bytes();
+  return BackwardLayout<Cell, T>(args, plan, nullptr, 0).bytes();
 }
 
 }  // namespace FASTRNN_ISA

@@ -19,6 +19,21 @@ T* group_matrix(void* base, int g, int64_t rows, int64_t columns) {
   return base ? static_cast<T*>(base) + g * rows * columns : nullptr;
 }
 
+// Vectors of accumulate type are kept [vector][row][..][lanes] within a step, the order in which the scan visits them.
+// This is one row of such an array.
+template <class A>
+struct Strided {
+  A* data;
+  int64_t stride;  // from one vector to the next
+  A* vector(int64_t u) const { return data + u / kLanes<std::remove_const_t<A>> * stride; }
+};
+
+template <class A>
+Strided<A> strided_row(A* step, int64_t rows, int64_t b, int64_t values) {
+  const int64_t width = values * kLanes<std::remove_const_t<A>>;
+  return {step + b * width, rows * width};
+}
+
 // Sizes that follow from the problem, the cell and the type.
 template <class Cell, class T>
 struct ForwardLayout {
@@ -26,14 +41,22 @@ struct ForwardLayout {
   struct GroupBuffers {
     Weights<T> ih, hh;
     T* h[2];     // [B, Hk] before and after a step, in turn
-    A* c;        // [B, Hp] where the cell states are not saved
-    A* gates_x;  // [chunk, B, gates Hp] where the gates are not saved
+    A* c;        // [vectors, B, lanes] initial cell states, and the current ones where they are not saved
+    A* gates_x;  // [chunk, vectors, B, gates, lanes] where the gates are not saved
+  };
+  // Where one batch row's vectors lie in one step.
+  struct Row {
+    Strided<A> gates, c_before, c_after;
+    const T* h_before;
+    T *h_after, *y;
   };
   struct ThreadBuffers {
-    T* x;  // [rows of a chunk, Ik]
+    T* x;                // [rows of a chunk, Ik]
+    Strided<A>* gates;   // [rows of a chunk]
+    Row* rows;           // [rows of a step]
   };
 
-  ForwardLayout(const ForwardArgs& args, const Plan& plan, void* base)
+  ForwardLayout(const ForwardArgs& args, const Plan& plan, void* base, int thread_index)
       : Hp(round_up(args.H, kUnitPad)),
         Hk(round_up(Hp, kDepthPad<T>)),
         Ik(round_up(args.I, kDepthPad<T>)),
@@ -49,21 +72,23 @@ struct ForwardLayout {
       buffers.hh = weights(args.groups[g].w_hh, args.groups[g].b_hh, args, args.H, Hk, plan.pack);
       const int64_t rows = seq.B + kRowPad<T> * plan.row_parts;
       for (T*& h : buffers.h) h = arena_.template take<T>(rows * Hk);
-      buffers.c = Cell::states > 1 && !args.gates ? arena_.template take<A>(seq.B * Hp) : nullptr;
+      buffers.c = Cell::states > 1 ? arena_.template take<A>(seq.B * Hp) : nullptr;
       buffers.gates_x = args.gates ? nullptr : arena_.template take<A>(chunk * seq.B * Cell::gates * Hp);
     }
-    const int64_t rows = chunk * ceil_div(seq.B, plan.row_parts) + kRowPad<T>;
-    thread_bytes_ = round_up(rows * Ik * static_cast<int64_t>(sizeof(T)), 64);
-    threads_ = arena_.template take<char>(thread_bytes_ * plan.threads);
+    const int64_t rows = ceil_div(seq.B, plan.row_parts);
+    for (int i = 0; i < plan.threads; ++i) {
+      const ThreadBuffers buffers = {arena_.template take<T>((chunk * rows + kRowPad<T>)*Ik),
+                                     arena_.template take<Strided<A>>(chunk * rows), arena_.template take<Row>(rows)};
+      if (i == thread_index) thread = buffers;
+    }
   }
-
-  ThreadBuffers thread(int i) const { return {reinterpret_cast<T*>(threads_ + thread_bytes_ * i)}; }
   int64_t bytes() const { return arena_.used(); }
 
   int64_t Hp, Hk, Ik;
   int unit_vectors, nv;
   int64_t panels;
   GroupBuffers group[kMaxGroups];
+  ThreadBuffers thread{};
 
  private:
   Weights<T> weights(const void* w, const void* b, const ForwardArgs& args, int64_t K, int64_t depth, bool pack) {
@@ -76,8 +101,6 @@ struct ForwardLayout {
   }
 
   Arena arena_;
-  char* threads_;
-  int64_t thread_bytes_;
 };
 
 template <class Cell, class T>
@@ -88,17 +111,19 @@ class ForwardScan {
   static constexpr int lanes = kLanes<A>;
 
  public:
-  ForwardScan(const ForwardArgs& args, const Plan& plan, const Layout& layout, const Share& share, int thread, int g)
+  ForwardScan(const ForwardArgs& args, const Plan& plan, const Layout& layout, const Share& share, int g)
       : args_(args),
         seq_(args.seq),
         layout_(layout),
         share_(share),
         group_(args.groups[g]),
         buffers_(layout.group[g]),
-        x_rows_(layout.thread(thread).x),
+        x_rows_(layout.thread.x),
+        gates_rows_(layout.thread.gates),
+        rows_(layout.thread.rows),
         chunk_(plan.chunk),
         panels_(split(layout.panels, share.unit_parts, share.unit_part)),
-        gates_ld_((args.gates ? Cell::saved : Cell::gates) * layout.Hp),
+        gates_values_(args.gates ? Cell::saved : Cell::gates),
         gates_(group_matrix<A>(args.gates, g, seq_.N, Cell::saved * layout.Hp)),
         cells_(group_matrix<A>(args.cells, g, seq_.N, layout.Hp)),
         h0_(group_matrix<T>(args.h0, g, seq_.B, args.H)),
@@ -142,7 +167,10 @@ class ForwardScan {
         if (share_.unit_part == 0) std::memset(h + b * layout_.Hk + layout_.Hp, 0, (layout_.Hk - layout_.Hp) * sizeof(T));
       }
       if constexpr (Cell::states > 1) {
-        if (buffers_.c) widen_padded(buffers_.c + b * layout_.Hp, c0_ ? c0_ + b * args_.H : nullptr, units);
+        const Strided<A> c = strided_row(buffers_.c, seq_.B, b, 1);
+        for (int64_t u = units.begin; u < units.end; u += lanes) {
+          store(c.vector(u), c0_ && u < args_.H ? load_first(c0_ + b * args_.H + u, args_.H - u) : V{});
+        }
       }
     }
   }
@@ -153,14 +181,11 @@ class ForwardScan {
     for (int64_t u = real > begin ? real : begin; u < end; ++u) out[u] = T{};
   }
 
-  void widen_padded(A* out, const T* in, Units units) const {
-    for (int64_t u = units.begin; u < units.end; ++u) out[u] = in && u < args_.H ? widen_one(in[u]) : 0;
-  }
-
-  A* gates_row(int64_t t, int64_t s0, int64_t b) const {
-    if (gates_) return gates_ + (seq_.offset(t) + b) * gates_ld_;
+  Strided<A> gates_row(int64_t t, int64_t s0, int64_t b) const {
+    const int64_t width = gates_values_ * layout_.Hp;
+    if (gates_) return strided_row(gates_ + seq_.offset(t) * width, seq_.active(t), b, gates_values_);
     const int64_t step = group_.reverse ? seq_.T - 1 - s0 - t : t - s0;
-    return buffers_.gates_x + (step * seq_.B + b) * gates_ld_;
+    return strided_row(buffers_.gates_x + step * seq_.B * width, seq_.B, b, gates_values_);
   }
 
   // My rows of steps [s0, s1) gathered side by side, then multiplied panel by panel.
@@ -168,32 +193,23 @@ class ForwardScan {
     int64_t rows = 0;
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t t = group_.step_to_time(s, seq_.T);
-      for (int64_t j = 0; j < share_.count(seq_.active(t)); ++j) copy_x(rows++, t, share_.row(j));
+      const int64_t count = share_.count(seq_.active(t));
+      for (int64_t j = 0; j < count; ++j, ++rows) {
+        copy_x(rows, t, share_.row(j));
+        gates_rows_[rows] = gates_row(t, s0, share_.row(j));
+      }
     }
     const RowBlocks<T> blocks(rows, layout_.nv);
     for (int64_t p = panels_.begin; p < panels_.end; ++p) {
-      RowCursor cursor{*this, s0};
       for (int64_t i = 0; i < blocks.count(); ++i) {
+        const int64_t begin = blocks.begin(i);
         const int n = blocks.size(i);
-        buffers_.ih.multiply(tile_, blocks.kernel(layout_.nv, n), n, x_rows_ + blocks.begin(i) * layout_.Ik, layout_.Ik, p);
-        for (int r = 0; r < n; ++r) store_input_gates(r, p, cursor.next());
+        buffers_.ih.multiply(tile_, blocks.kernel(layout_.nv, n), n, x_rows_ + begin * layout_.Ik, layout_.Ik, p,
+                             buffers_.ih.panels.ahead(p + 1, i));
+        store_input_gates(gates_rows_ + begin, n, p);
       }
     }
   }
-
-  // Walks the rows in the order in which input_gates gathered them.
-  struct RowCursor {
-    const ForwardScan& scan;
-    int64_t s0, s = s0, j = 0;
-    A* next() {
-      int64_t t = scan.group_.step_to_time(s, scan.seq_.T);
-      while (j >= scan.share_.count(scan.seq_.active(t))) {
-        j = 0;
-        t = scan.group_.step_to_time(++s, scan.seq_.T);
-      }
-      return scan.gates_row(t, s0, scan.share_.row(j++));
-    }
-  };
 
   void copy_x(int64_t row, int64_t t, int64_t b) const {
     const int64_t at = seq_.offsets ? (seq_.offset(t) + b) * args_.x_stride_b : t * args_.x_stride_t + b * args_.x_stride_b;
@@ -202,74 +218,81 @@ class ForwardScan {
     std::memset(out + args_.I, 0, (layout_.Ik - args_.I) * sizeof(T));
   }
 
-  void store_input_gates(int r, int64_t p, A* gates) const {
+  void store_input_gates(const Strided<A>* rows, int n, int64_t p) const {
     for (int j = 0; j < layout_.unit_vectors; ++j) {
       const int64_t u = (p * layout_.unit_vectors + j) * lanes;
-      if (u >= layout_.Hp) return;
-      for (int k = 0; k < Cell::gates; ++k) {
-        store(gates + k * layout_.Hp + u, tile_.at(r, layout_.nv, j * Cell::gates + k));
+      if (u >= args_.H) return;
+      for (int r = 0; r < n; ++r) {
+        A* const gates = rows[r].vector(u);
+        for (int k = 0; k < Cell::gates; ++k) store(gates + k * lanes, tile_.at(r, layout_.nv, j * Cell::gates + k));
       }
     }
   }
 
   void step(int64_t s, int64_t s0) {
     const int64_t t = group_.step_to_time(s, seq_.T);
-    const RowBlocks<T> blocks(share_.count(seq_.active(t)), layout_.nv);
+    const int64_t rows = share_.count(seq_.active(t));
+    for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(share_.row(j), s, t, s0);
+    const RowBlocks<T> blocks(rows, layout_.nv);
     const T* const h = buffers_.h[s & 1];
     const int64_t ld = share_.row_parts * layout_.Hk;
-    for (int64_t p = panels_.begin; p < panels_.end; ++p) {
+    const Sweep sweep(panels_, s);
+    for (int64_t p = sweep.first; p != sweep.end; p += sweep.stride) {
       for (int64_t i = 0; i < blocks.count(); ++i) {
         const int64_t j0 = blocks.begin(i);
         const int n = blocks.size(i);
-        buffers_.hh.multiply(tile_, blocks.kernel(layout_.nv, n), n, h + share_.row(j0) * layout_.Hk, ld, p);
-        for (int r = 0; r < n; ++r) apply_cell(r, p, share_.row(j0 + r), s, t, s0);
+        buffers_.hh.multiply(tile_, blocks.kernel(layout_.nv, n), n, h + share_.row(j0) * layout_.Hk, ld, p,
+                             buffers_.hh.panels.ahead(p + sweep.stride, i));
+        apply_cell(rows_ + j0, n, p);
       }
     }
   }
 
-  void apply_cell(int r, int64_t p, int64_t b, int64_t s, int64_t t, int64_t s0) const {
-    A* const gates = gates_row(t, s0, b);
-    const T* const h_prev = buffers_.h[s & 1] + b * layout_.Hk;
-    T* const h_next = buffers_.h[(s + 1) & 1] + b * layout_.Hk;
-    T* const y = y_ + (seq_.offset(t) + b) * y_ld_;
-    const CellRow c = cell_row(t, b);
+  typename Layout::Row find_row(int64_t b, int64_t s, int64_t t, int64_t s0) const {
+    const int64_t at = b * layout_.Hk;
+    typename Layout::Row row{};
+    row.gates = gates_row(t, s0, b);
+    row.h_before = buffers_.h[s & 1] + at;
+    row.h_after = buffers_.h[(s + 1) & 1] + at;
+    row.y = y_ + (seq_.offset(t) + b) * y_ld_;
+    if constexpr (Cell::states > 1) {
+      const int64_t before = group_.time_before(t);
+      const bool initial = b >= seq_.active_or_none(before);
+      row.c_before = initial ? strided_row(buffers_.c, seq_.B, b, 1) : cell_row(before, b);
+      row.c_after = cell_row(t, b);
+    }
+    return row;
+  }
+
+  // Where the cell state after a step lies: with the row of that step, or always in place while nothing is saved.
+  Strided<A> cell_row(int64_t t, int64_t b) const {
+    if (!cells_) return strided_row(buffers_.c, seq_.B, b, 1);
+    return strided_row(cells_ + seq_.offset(t) * layout_.Hp, seq_.active(t), b, 1);
+  }
+
+  void apply_cell(const typename Layout::Row* rows, int n, int64_t p) const {
     for (int j = 0; j < layout_.unit_vectors; ++j) {
       const int64_t u = (p * layout_.unit_vectors + j) * lanes;
       if (u >= args_.H) return;
-      V x[Cell::gates], rec[Cell::gates], state[Cell::states], save[Cell::saved];
-      for (int k = 0; k < Cell::gates; ++k) {
-        x[k] = load(gates + k * layout_.Hp + u);
-        rec[k] = tile_.at(r, layout_.nv, j * Cell::gates + k);
-      }
-      state[0] = load(h_prev + u);
-      if constexpr (Cell::states > 1) state[1] = c.load_before(u, args_.H);
-      Cell::forward(x, rec, state, save);
-      store(h_next + u, state[0]);
-      store_first(y + u, state[0], args_.H - u);
-      if constexpr (Cell::states > 1) store(c.after + u, state[1]);
-      if (!gates_) continue;
-      for (int k = 0; k < Cell::saved; ++k) store(gates + k * layout_.Hp + u, save[k]);
+      for (int r = 0; r < n; ++r) apply_cell(rows[r], r, j * Cell::gates, u);
     }
   }
 
-  // Where the cell state before and after a step lies: in place while nothing is saved, else in the row of each step.
-  struct CellRow {
-    const A* before;
-    const T* initial;
-    A* after;
-    FASTRNN_INLINE V load_before(int64_t u, int64_t H) const {
-      if (before) return load(before + u);
-      return initial ? load_first(initial + u, H - u) : V{};
+  FASTRNN_INLINE void apply_cell(const typename Layout::Row& row, int r, int v, int64_t u) const {
+    V x[Cell::gates], rec[Cell::gates], state[Cell::states], save[Cell::saved];
+    A* const gates = row.gates.vector(u);
+    for (int k = 0; k < Cell::gates; ++k) {
+      x[k] = load(gates + k * lanes);
+      rec[k] = tile_.at(r, layout_.nv, v + k);
     }
-  };
-
-  CellRow cell_row(int64_t t, int64_t b) const {
-    if constexpr (Cell::states == 1) return {};
-    if (!cells_) return {buffers_.c + b * layout_.Hp, nullptr, buffers_.c + b * layout_.Hp};
-    A* const after = cells_ + (seq_.offset(t) + b) * layout_.Hp;
-    const int64_t before = group_.time_before(t);
-    if (b < seq_.active_or_none(before)) return {cells_ + (seq_.offset(before) + b) * layout_.Hp, nullptr, after};
-    return {nullptr, c0_ ? c0_ + b * args_.H : nullptr, after};
+    state[0] = load(row.h_before + u);
+    if constexpr (Cell::states > 1) state[1] = load(row.c_before.vector(u));
+    Cell::forward(x, rec, state, save);
+    store(row.h_after + u, state[0]);
+    store_first(row.y + u, state[0], args_.H - u);
+    if constexpr (Cell::states > 1) store(row.c_after.vector(u), state[1]);
+    if (!gates_) return;
+    for (int k = 0; k < Cell::saved; ++k) store(gates + k * lanes, save[k]);
   }
 
   // Rows whose sequence ends with step t hand out their final state, each thread its own units.
@@ -282,8 +305,8 @@ class ForwardScan {
       const T* const y = y_ + (seq_.offset(t) + b) * y_ld_;
       for (int64_t u = units.begin; u < end; ++u) h_n_[b * args_.H + u] = y[u];
       if constexpr (Cell::states > 1) {
-        const A* const c = cell_row(t, b).after;
-        for (int64_t u = units.begin; u < end; u += lanes) store_first(c_n_ + b * args_.H + u, load(c + u), end - u);
+        const Strided<A> c = cell_row(t, b);
+        for (int64_t u = units.begin; u < end; u += lanes) store_first(c_n_ + b * args_.H + u, load(c.vector(u)), end - u);
       }
     }
   }
@@ -295,9 +318,11 @@ class ForwardScan {
   const Group& group_;
   const typename Layout::GroupBuffers& buffers_;
   T* x_rows_;
+  Strided<A>* gates_rows_;
+  typename Layout::Row* rows_;
   int64_t chunk_;
   Range panels_;
-  int64_t gates_ld_;
+  int64_t gates_values_;
   A *gates_, *cells_;
   const T *h0_, *c0_;
   T *h_n_, *c_n_, *y_;
@@ -309,7 +334,7 @@ class ForwardScan {
 template <class Cell, class T>
 void forward(const ForwardArgs& args, const Plan& plan, const Team& team, int thread) {
   const TileScope tiles;
-  const ForwardLayout<Cell, T> layout(args, plan, args.workspace);
+  const ForwardLayout<Cell, T> layout(args, plan, args.workspace, thread);
   for (int g = 0; g < args.G; ++g) {
     const Range mine = split(layout.panels, plan.threads, thread);
     for (int64_t p = mine.begin; p < mine.end; ++p) {
@@ -321,13 +346,13 @@ void forward(const ForwardArgs& args, const Plan& plan, const Team& team, int th
   const Share share = Share::of(plan, team, args.G, thread);
   if (share.idle) return;
   for (int g = share.group_begin; g < share.group_end; ++g) {
-    ForwardScan<Cell, T>(args, plan, layout, share, thread, g).run();
+    ForwardScan<Cell, T>(args, plan, layout, share, g).run();
   }
 }
 
 template <class Cell, class T>
 int64_t forward_bytes(const ForwardArgs& args, const Plan& plan) {
-  return ForwardLayout<Cell, T>(args, plan, nullptr).bytes();
+  return ForwardLayout<Cell, T>(args, plan, nullptr, 0).bytes();
 }
 
 }  // namespace FASTRNN_ISA

@@ -11,6 +11,7 @@ namespace fastrnn {
 namespace FASTRNN_ISA {
 
 inline constexpr int kMaxVectors = 4;
+inline constexpr int kLineBytes = 64;
 
 #if defined(__AMX_BF16__)
 inline constexpr bool kTiles = true;
@@ -27,7 +28,7 @@ inline constexpr int kDepthPad<bf16> = kTiles ? 32 : 2;
 template <class T>
 inline constexpr int kRowPad = 1;
 template <>
-inline constexpr int kRowPad<bf16> = kTiles ? 16 : 1;
+inline constexpr int kRowPad<bf16> = kTiles ? 32 : 1;
 
 #if defined(__AVX512F__)
 inline constexpr int kAccumulators = 24;
@@ -36,7 +37,7 @@ inline constexpr int kAccumulators = 12;
 #endif
 
 constexpr int max_rows(int nv) { return nv == 1 ? kAccumulators / 2 : kAccumulators / nv; }
-inline constexpr int kMaxRows = 16;
+inline constexpr int kMaxRows = kTiles ? 32 : 16;
 static_assert(max_rows(1) <= kMaxRows && max_rows(2) <= kMaxRows);
 
 // C of one block: kMaxRows rows of nv vectors.
@@ -88,8 +89,10 @@ inline constexpr int kPair = 1;
 template <>
 inline constexpr int kPair<bf16> = 2;
 
+// `ahead` is weights soon wanted: one cache line of it is fetched into L2 for every k, so that panels that come from
+// beyond L2 arrive while earlier ones are multiplied.
 template <class T, int MR, int NV>
-void block(const T* a, int64_t lda, const T* panel, int64_t K, const Acc<T>* bias, Acc<T>* c) {
+void block(const T* a, int64_t lda, const T* panel, int64_t K, const Acc<T>* bias, Acc<T>* c, const void* ahead) {
   using A = Acc<T>;
   AccVec<T> acc[MR * NV];
 #pragma GCC unroll 16
@@ -97,7 +100,10 @@ void block(const T* a, int64_t lda, const T* panel, int64_t K, const Acc<T>* bia
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[r * NV + v] = load(bias + v * kLanes<A>);
   }
+  const char* line = static_cast<const char*>(ahead);
   for (int64_t k = 0; k < K; k += kPair<T>) {
+    __builtin_prefetch(line, 0, 2);
+    line += kLineBytes;
     multiply_add(acc, MR, NV, a + k, lda, panel);
     panel += NV * kLanes<A> * kPair<T>;
   }
@@ -106,7 +112,7 @@ void block(const T* a, int64_t lda, const T* panel, int64_t K, const Acc<T>* bia
 }
 
 template <class T>
-using Block = void (*)(const T*, int64_t, const T*, int64_t, const Acc<T>*, Acc<T>*);
+using Block = void (*)(const T*, int64_t, const T*, int64_t, const Acc<T>*, Acc<T>*, const void*);
 
 template <class T, int NV, int MR>
 Block<T> find_block(int rows) {
@@ -134,45 +140,53 @@ struct TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Tiles 0-3 accumulate, 4 holds A, 5-7 take B in turn. Reading the bias with stride 0 repeats it for all 16 rows.
-template <int NV>
-void tile_block(const bf16* a, int64_t lda, const bf16* panel, int64_t K, const float* bias, float* c) {
+// Blocks of up to 32 rows. Two tiles of A meet two of B at a time, so that each B tile, the one that comes from L2, is
+// loaded once: tiles 0-3 accumulate, 4-5 hold A, 6-7 B. Reading the bias with stride 0 repeats it for all rows.
+template <int NV, bool Two>
+void tile_block(const bf16* a, int64_t lda, const bf16* panel, int64_t K, const float* bias, float* c,
+                const void* ahead) {
   constexpr int ld = NV * 64;
-  _tile_loadd(0, bias, 0);
-  if constexpr (NV > 1) _tile_loadd(1, bias + 16, 0);
-  if constexpr (NV > 2) _tile_loadd(2, bias + 32, 0);
-  if constexpr (NV > 3) _tile_loadd(3, bias + 48, 0);
-  const char* b = reinterpret_cast<const char*>(panel);
-  for (int64_t k = 0; k < K; k += 32) {
-    _tile_loadd(4, a + k, lda * 2);
-    _tile_loadd(5, b, ld);
-    _tile_dpbf16ps(0, 4, 5);
-    if constexpr (NV > 1) {
-      _tile_loadd(6, b + 64, ld);
-      _tile_dpbf16ps(1, 4, 6);
+  const char* line = static_cast<const char*>(ahead);
+  for (int v = 0; v < NV; v += 2) {
+    const bool pair = v + 1 < NV;
+    _tile_loadd(0, bias + v * 16, 0);
+    if (pair) _tile_loadd(1, bias + v * 16 + 16, 0);
+    if constexpr (Two) _tile_loadd(2, bias + v * 16, 0);
+    if (Two && pair) _tile_loadd(3, bias + v * 16 + 16, 0);
+    const char* b = reinterpret_cast<const char*>(panel) + v * 64;
+    for (int64_t k = 0; k < K; k += 32) {
+      for (int i = 0; i < 16; ++i) __builtin_prefetch(line + i * kLineBytes, 0, 2);
+      line += 16 * kLineBytes;
+      _tile_loadd(6, b, ld);
+      _tile_loadd(4, a + k, lda * 2);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (Two) _tile_loadd(5, a + 16 * lda + k, lda * 2);
+      if constexpr (Two) _tile_dpbf16ps(2, 5, 6);
+      if (pair) {
+        _tile_loadd(7, b + 64, ld);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (Two) _tile_dpbf16ps(3, 5, 7);
+      }
+      b += 16 * ld;
     }
-    if constexpr (NV > 2) {
-      _tile_loadd(7, b + 128, ld);
-      _tile_dpbf16ps(2, 4, 7);
-    }
-    if constexpr (NV > 3) {
-      _tile_loadd(5, b + 192, ld);
-      _tile_dpbf16ps(3, 4, 5);
-    }
-    b += 16 * ld;
+    _tile_stored(0, c + v * 16, ld);
+    if (pair) _tile_stored(1, c + v * 16 + 16, ld);
+    if constexpr (Two) _tile_stored(2, c + 16 * NV * 16 + v * 16, ld);
+    if (Two && pair) _tile_stored(3, c + 16 * NV * 16 + v * 16 + 16, ld);
   }
-  _tile_stored(0, c, ld);
-  if constexpr (NV > 1) _tile_stored(1, c + 16, ld);
-  if constexpr (NV > 2) _tile_stored(2, c + 32, ld);
-  if constexpr (NV > 3) _tile_stored(3, c + 48, ld);
 }
 
-inline Block<bf16> find_tile_block(int nv) {
+template <int NV>
+Block<bf16> find_tile_block(int rows) {
+  return rows > 16 ? tile_block<NV, true> : tile_block<NV, false>;
+}
+
+inline Block<bf16> find_tile_block(int nv, int rows) {
   switch (nv) {
-    case 1: return tile_block<1>;
-    case 2: return tile_block<2>;
-    case 3: return tile_block<3>;
-    default: return tile_block<4>;
+    case 1: return find_tile_block<1>(rows);
+    case 2: return find_tile_block<2>(rows);
+    case 3: return find_tile_block<3>(rows);
+    default: return find_tile_block<4>(rows);
   }
 }
 #endif
@@ -198,7 +212,7 @@ template <class T>
 class RowBlocks {
  public:
   RowBlocks(int64_t rows, int nv) : rows_(rows) {
-    const int most = kTiles && kPair<T> == 2 ? 16 : max_rows(nv);
+    const int most = kTiles && kPair<T> == 2 ? 32 : max_rows(nv);
     count_ = ceil_div(rows, most);
   }
   int64_t count() const { return count_; }
@@ -207,7 +221,7 @@ class RowBlocks {
 
   static Block<T> kernel(int nv, int rows) {
 #if defined(__AMX_BF16__)
-    if constexpr (kPair<T> == 2) return find_tile_block(nv);
+    if constexpr (kPair<T> == 2) return find_tile_block(nv, rows);
 #endif
     return find_block<T>(nv, rows);
   }

@@ -56,7 +56,6 @@ double fma_peak(double seconds) {
 
 }  // namespace
 
-// The tile unit takes 16 rows whatever their number.
 KernelTable make_table() {
   KernelTable table{};
 #define FASTRNN_STRING(x) #x
@@ -64,8 +63,8 @@ KernelTable make_table() {
   table.isa = FASTRNN_NAME(FASTRNN_ISA);
   table.lanes[static_cast<int>(Dtype::f32)] = table.lanes[static_cast<int>(Dtype::bf16)] = kLanes<float>;
   table.lanes[static_cast<int>(Dtype::f64)] = kLanes<double>;
-  for (int& rows : table.row_block) rows = max_rows(4);
-  if (kTiles) table.row_block[static_cast<int>(Dtype::bf16)] = 16;
+  for (int& rows : table.rows_to_fetch) rows = 4;
+  if (kTiles) table.rows_to_fetch[static_cast<int>(Dtype::bf16)] = 26;
   add_cells(table, AllCells{});
   table.fma_peak = fma_peak;
   return table;

@@ -23,8 +23,8 @@ struct CellInfo {
 
 struct KernelTable {
   const char* isa;
-  int lanes[kDtypes];     // hidden units in a vector
-  int row_block[kDtypes]; // rows that a block of four vectors takes
+  int lanes[kDtypes];          // hidden units in a vector
+  int rows_to_fetch[kDtypes];  // rows of arithmetic that hide the fetch of a panel from L2
   int cells;
   CellInfo info[kMaxCells];
   CellKernels kernels[kMaxCells][kDtypes];

@@ -2,8 +2,18 @@
 // pay for that.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "gemm.h"
 #include "problem.h"
+
+// GCC 12 and clang spell a shuffle alike; older GCC has its own builtin.
+#if defined(__has_builtin)
+#define FASTRNN_HAS_SHUFFLEVECTOR __has_builtin(__builtin_shufflevector)
+#else
+#define FASTRNN_HAS_SHUFFLEVECTOR 0
+#endif
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -22,6 +32,12 @@ struct Panels {
   int64_t stride() const { return depth * width(); }
   T* panel(int64_t p) const { return data + p * stride(); }
   const Acc<T>* panel_bias(int64_t p) const { return bias + p * width(); }
+  // What block i of a run over panel p fetches ahead: its part of the panel that comes next, while there is any left.
+  const void* ahead(int64_t next, int64_t i) const {
+    const int64_t bytes = stride() * static_cast<int64_t>(sizeof(T)), part = depth / kPair<T> * kLineBytes;
+    const bool left = next >= 0 && next < count && (i + 1) * part <= bytes;
+    return left ? reinterpret_cast<const char*>(panel(next)) + i * part : reinterpret_cast<const char*>(bias);
+  }
   // Where output (vector v, lane) at depth k stands in panel p.
   T& at(int64_t p, int64_t k, int v, int lane) const {
     constexpr int pair = kPair<T>;
@@ -41,6 +57,50 @@ FASTRNN_INLINE Acc<T> widen_one(T x) {
   }
 }
 
+// A square block of vectors, transposed by exchanging ever smaller halves between pairs of them. Pairs of bf16 travel as
+// one 32-bit lane, which is just how a panel wants them.
+template <class T>
+using Lane = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+template <class T>
+inline constexpr int kBlockDepth = kLanes<Lane<T>> * kPair<T>;
+
+template <class L, int Half, int... I>
+FASTRNN_INLINE void exchange_halves(Vec<L>& a, Vec<L>& b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+#if FASTRNN_HAS_SHUFFLEVECTOR
+  const Vec<L> low = __builtin_shufflevector(a, b, (I & Half ? I - Half + n : I)...);
+  const Vec<L> high = __builtin_shufflevector(a, b, (I & Half ? I + n : I + Half)...);
+#else
+  const Vec<L> low = __builtin_shuffle(a, b, Vec<L>{(I & Half ? I - Half + n : I)...});
+  const Vec<L> high = __builtin_shuffle(a, b, Vec<L>{(I & Half ? I + n : I + Half)...});
+#endif
+  a = low;
+  b = high;
+}
+
+template <class L, int Half>
+FASTRNN_INLINE void transpose(Vec<L>* rows) {
+  if constexpr (Half > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<L>; ++i) {
+      if (!(i & Half)) exchange_halves<L, Half>(rows[i], rows[i + Half], std::make_integer_sequence<int, kLanes<L>>{});
+    }
+    transpose<L, Half / 2>(rows);
+  }
+}
+
+// out[k][lane] = in[lane][k] for one block; rows of `out` are `width` lanes apart, rows of `in` `ld` elements.
+template <class T>
+void transpose_block(T* out, int width, const T* in, int64_t ld) {
+  using L = Lane<T>;
+  Vec<L> rows[kLanes<L>];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<L>; ++i) rows[i] = load_as<Vec<L>>(in + i * ld);
+  transpose<L, kLanes<L> / 2>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<L>; ++i) std::memcpy(out + i * width * kPair<T>, &rows[i], sizeof rows[i]);
+}
+
 // Panel p of w [gates * H, K], unit vectors outermost: vector v is gate v % gates of unit vector v / gates.
 template <class T>
 void pack_rows(const Panels<T>& out, int64_t p, const T* w, const T* bias, int gates, int64_t H, int64_t K) {
@@ -52,7 +112,11 @@ void pack_rows(const Panels<T>& out, int64_t p, const T* w, const T* bias, int g
     for (int lane = 0; lane < lanes; ++lane) {
       out.bias[p * out.width() + v * lanes + lane] = bias && lane < valid ? widen_one(bias[row0 + lane]) : 0;
     }
-    for (int64_t k = 0; k < out.depth; ++k) {
+    int64_t k = 0;
+    if (valid == lanes) {
+      for (; k + kBlockDepth<T> <= K; k += kBlockDepth<T>) transpose_block(&out.at(p, k, v, 0), out.width(), w + row0 * K + k, K);
+    }
+    for (; k < out.depth; ++k) {
       const int n = k < K ? valid : 0;
       for (int lane = 0; lane < n; ++lane) out.at(p, k, v, lane) = w[(row0 + lane) * K + k];
       for (int lane = n; lane < lanes; ++lane) out.at(p, k, v, lane) = T{};
@@ -68,12 +132,17 @@ void pack_columns(const Panels<T>& out, int64_t p, const T* w, int gates, int64_
   for (int i = 0; i < out.width(); ++i) out.bias[p * out.width() + i] = 0;
   for (int64_t k = 0; k < out.depth; ++k) {
     const int64_t gate = k / Hp, unit = k % Hp;
-    const bool real = gate < gates && unit < H;
+    const T* const row = gate < gates && unit < H ? w + (gate * H + unit) * H : nullptr;
     for (int v = 0; v < out.nv; ++v) {
       const int64_t column0 = (p * out.nv + v) * lanes;
-      for (int lane = 0; lane < lanes; ++lane) {
-        out.at(p, k, v, lane) = real && column0 + lane < H ? w[(gate * H + unit) * H + column0 + lane] : T{};
+      const int64_t left = row ? H - column0 : 0;
+      const int n = static_cast<int>(left < 0 ? 0 : left < lanes ? left : lanes);
+      T* const to = &out.at(p, k, v, 0);
+      if (kPair<T> == 1 && n == lanes) {
+        std::memcpy(to, row + column0, lanes * sizeof(T));
+        continue;
       }
+      for (int lane = 0; lane < lanes; ++lane) to[lane * kPair<T>] = lane < n ? row[column0 + lane] : T{};
     }
   }
 }
@@ -106,8 +175,8 @@ struct Weights {
     if (packed) pack_rows(panels, p, w, b, gates, H, K);
   }
 
-  void multiply(Tile<T>& out, Block<T> kernel, int rows, const T* a, int64_t lda, int64_t p) const {
-    if (packed) return kernel(a, lda, panels.panel(p), panels.depth, panels.panel_bias(p), out.c);
+  void multiply(Tile<T>& out, Block<T> kernel, int rows, const T* a, int64_t lda, int64_t p, const void* ahead) const {
+    if (packed) return kernel(a, lda, panels.panel(p), panels.depth, panels.panel_bias(p), out.c, ahead);
     for (int r = 0; r < rows; ++r) multiply_unpacked(out.c + r * panels.width(), a + r * lda, p);
   }
 

@@ -6,13 +6,13 @@
 namespace fastrnn {
 namespace {
 
-// Rows of the input GEMM done at once: enough to use each panel many times, few enough to leave the gates in L2.
+// Rows of the input GEMM done at once, for each share of the units: enough to use each panel many times, few enough to
+// leave the gates in L2.
 constexpr int64_t kChunkRows = 96;
 // Fewer rows than this over all timesteps do not pay for packing the weights.
 constexpr int64_t kPackRows = 4;
-// Fetching a panel costs as much time as multiplying this many rows by it: from a core's own L2, and from beyond.
-constexpr double kRowsToFetchNear = 4, kRowsToFetchFar = 12;
-constexpr double kNearBytes = 1 << 20;
+// What a core's own L2 surely holds; weights from beyond it take this many times as long to fetch.
+constexpr double kNearBytes = 1.2e6, kFarFactor = 3;
 // A barrier between steps, in vector multiply-adds.
 constexpr double kBarrier = 1000;
 
@@ -20,12 +20,13 @@ struct Step {
   int64_t B, panels, depth;
   int nv;
   double panel_bytes;
+  double rows_to_fetch;  // fetching a panel from L2 takes as long as multiplying this many rows by it
 };
 
 double step_cost(const Step& step, int row_parts, int unit_parts) {
   const double rows = static_cast<double>(ceil_div(step.B, row_parts));
   const double panels = static_cast<double>(ceil_div(step.panels, unit_parts));
-  const double fetch = panels * step.panel_bytes <= kNearBytes ? kRowsToFetchNear : kRowsToFetchFar;
+  const double fetch = step.rows_to_fetch * (panels * step.panel_bytes <= kNearBytes ? 1 : kFarFactor);
   const double work = panels * static_cast<double>(step.depth * step.nv) * std::max(rows, fetch);
   return work + (unit_parts > 1 ? kBarrier : 0);
 }
@@ -65,7 +66,8 @@ Step make_step(const KernelTable& table, Dtype dtype, int64_t B, int64_t H, int6
   const int lanes = table.lanes[static_cast<int>(dtype)];
   const double element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
   const int64_t panels = ceil_div(ceil_div(H, lanes), vectors);
-  return {B, panels, depth, nv, static_cast<double>(depth * nv * lanes) * element};
+  const double rows_to_fetch = table.rows_to_fetch[static_cast<int>(dtype)];
+  return {B, panels, depth, nv, static_cast<double>(depth * nv * lanes) * element, rows_to_fetch};
 }
 
 }  // namespace
@@ -76,7 +78,7 @@ Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, i
   const Step step = make_step(table, dtype, args.seq.B, args.H, args.H, unit_vectors, unit_vectors * cell.gates);
   Plan plan = divide(step, args.G, threads);
   plan.panel_vectors = unit_vectors;
-  plan.chunk = std::max<int64_t>(1, kChunkRows / ceil_div(args.seq.B, plan.row_parts));
+  plan.chunk = std::max<int64_t>(1, kChunkRows * plan.unit_parts / ceil_div(args.seq.B, plan.row_parts));
   plan.pack = args.seq.N >= kPackRows;
   return plan;
 }

@@ -52,6 +52,16 @@ struct Range {
 
 constexpr Range split(int64_t n, int parts, int part) { return {n * part / parts, n * (part + 1) / parts}; }
 
+// Panels are visited up in one step and down in the next: weights a little too large for a cache then still find most of
+// themselves in it.
+struct Sweep {
+  int64_t first, end, stride;
+  Sweep(Range panels, int64_t step)
+      : first(step & 1 ? panels.end - 1 : panels.begin),
+        end(step & 1 ? panels.begin - 1 : panels.end),
+        stride(step & 1 ? -1 : 1) {}
+};
+
 // One thread's part of a plan. Rows are dealt out in turn (row_part, row_part + row_parts, ...), which stays balanced
 // when rows sorted by length fall silent.
 struct Share {

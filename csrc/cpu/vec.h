@@ -120,7 +120,7 @@ struct Exp;
 template <>
 struct Exp<float> {
   using Int = int32_t;
-  static constexpr float max = 88.0f, tanh_max = 10.0f, magic = 12582912.0f;
+  static constexpr float max = 87.0f, tanh_max = 10.0f, magic = 12582912.0f;
   static constexpr float log2e = 1.44269504f, ln2_hi = 0.693145752f, ln2_lo = 1.42860677e-6f;
   static constexpr int mantissa = 23, bias = 127;
   static constexpr float q[] = {0.4999999815f, 0.1666654361f, 0.04166720007f, 0.008366521376f, 0.001388250696f};
@@ -129,7 +129,7 @@ struct Exp<float> {
 template <>
 struct Exp<double> {
   using Int = int64_t;
-  static constexpr double max = 708.0, tanh_max = 20.0, magic = 6755399441055744.0;
+  static constexpr double max = 707.0, tanh_max = 20.0, magic = 6755399441055744.0;
   static constexpr double log2e = 1.4426950408889634074, ln2_hi = 0.69314718036912381649, ln2_lo = 1.9082149292705877e-10;
   static constexpr int mantissa = 52, bias = 1023;
   static constexpr double q[] = {0.5000000000000005186,   0.1666666666666658959,   0.04166666666657670182,
@@ -171,26 +171,41 @@ FASTRNN_INLINE Vec<S> reciprocal(Vec<S> x) {
   return 1 / x;
 }
 
+// Bounds that let NaN through: a comparison with NaN is false, and vminps then returns its second operand.
+template <class S>
+FASTRNN_INLINE Vec<S> at_most(Vec<S> x, S limit) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) return _mm512_maskz_min_ps(0xffff, broadcast(limit), x);
+#endif
+  return x > limit ? broadcast(limit) : x;
+}
+
+template <class S>
+FASTRNN_INLINE Vec<S> at_least(Vec<S> x, S limit) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) return _mm512_maskz_max_ps(0xffff, broadcast(limit), x);
+#endif
+  return x < limit ? broadcast(limit) : x;
+}
+
 template <class S>
 struct VecMath {
   using V = Vec<S>;
-  static FASTRNN_INLINE V clamp(V x, S limit) {
-    x = x > limit ? broadcast<S>(limit) : x;  // a comparison with NaN is false, so NaN stays
-    return x < -limit ? broadcast<S>(-limit) : x;
-  }
   static FASTRNN_INLINE V sigmoid(V x) {
-    const ExpParts<S> e = exp_parts<S>(clamp(-x, Exp<S>::max - 1));
+    const ExpParts<S> e = exp_parts<S>(at_least<S>(at_most<S>(-x, Exp<S>::max), -Exp<S>::max));
     return reciprocal<S>(1 + (e.scale + e.scale * e.p));
   }
   // With m = e^2|x| - 1, m / (m + 2) keeps relative accuracy near 0, and 1 - 2 / (m + 2) that of 1 - |tanh x| near 1,
   // which the derivative lives on.
   static FASTRNN_INLINE V tanh(V x) {
-    const V size = x < 0 ? -x : x;
-    const ExpParts<S> e = exp_parts<S>(2 * clamp(size, Exp<S>::tanh_max));
+    using Bits = Vec<typename Exp<S>::Int>;
+    const Bits sign = reinterpret_cast<Bits>(x) & reinterpret_cast<Bits>(broadcast<S>(S(-0.0)));
+    const V size = reinterpret_cast<V>(reinterpret_cast<Bits>(x) ^ sign);
+    const ExpParts<S> e = exp_parts<S>(2 * at_most<S>(size, Exp<S>::tanh_max));
     const V m = e.scale * e.p + (e.scale - 1);
     const V q = reciprocal<S>(m + 2);
     const V t = size > S(0.55) ? 1 - 2 * q : m * q;
-    return x < 0 ? -t : t;
+    return reinterpret_cast<V>(reinterpret_cast<Bits>(t) ^ sign);
   }
   static FASTRNN_INLINE V relu(V x) { return x < 0 ? V{} : x; }
   static FASTRNN_INLINE V step(V x) { return x > 0 ? broadcast<S>(1) : V{}; }
