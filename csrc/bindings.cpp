@@ -10,6 +10,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/launch.h"
+#include "cpu/pages.h"
 #include "cpu/plan.h"
 
 namespace py = pybind11;
@@ -118,6 +119,24 @@ int64_t workspace_bytes(const Call& call, const Args& args) {
   return std::max(bytes(args, plan), bytes(args, alone));
 }
 
+int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+int64_t accumulate_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
+
+void prepare_pages(const Call& call, const ForwardArgs& args, int64_t workspace) {
+  const int64_t units = args.G * args.seq.N * round_up(args.H, kUnitPad);
+  prefer_huge_pages(args.y, args.G * args.seq.N * args.H * element_size(call.dtype));
+  prefer_huge_pages(args.gates, units * call.cell.saved * accumulate_size(call.dtype));
+  prefer_huge_pages(args.cells, units * accumulate_size(call.dtype));
+  prefer_huge_pages(args.workspace, workspace);
+}
+
+void prepare_pages(const Call& call, const BackwardArgs& args, int64_t workspace) {
+  const int64_t bytes = args.G * args.seq.N * round_up(args.H, kUnitPad) * call.cell.gates * element_size(call.dtype);
+  prefer_huge_pages(args.dgates_x, bytes);
+  prefer_huge_pages(args.dgates_h, bytes);
+  prefer_huge_pages(args.workspace, workspace);
+}
+
 template <class Args>
 void run(const Call& call, const Args& args, int64_t workspace) {
   using D = Direction<Args>;
@@ -132,6 +151,7 @@ void run(const Call& call, const Args& args, int64_t workspace) {
     team_body(team_args, plan, team, thread);
   };
   const py::gil_scoped_release release;
+  prepare_pages(call, args, workspace);
   for (int threads : {call.threads, 1}) {
     if (launch(D::make_plan(call.table, call.cell, call.dtype, threads, args), body, &context)) return;
   }

@@ -8,13 +8,16 @@ namespace {
 
 // Rows of the input GEMM done at once, for each share of the units: enough to use each panel many times, few enough to
 // leave the gates in L2.
-constexpr int64_t kChunkRows = 96;
+constexpr int64_t kChunkRows = 64;
 // Fewer rows than this over all timesteps do not pay for packing the weights.
 constexpr int64_t kPackRows = 4;
 // What a core's own L2 surely holds; weights from beyond it take this many times as long to fetch.
 constexpr double kNearBytes = 1.2e6, kFarFactor = 3;
-// A barrier between steps, in vector multiply-adds.
-constexpr double kBarrier = 1000;
+// The part of a fetch that arithmetic does not hide.
+constexpr double kUnhidden = 0.33;
+// A barrier between steps, in vector multiply-adds, and what it must save besides: threads that wait for each other all
+// wait for the one that loses its core.
+constexpr double kBarrier = 1000, kCoupling = 1.05;
 
 struct Step {
   int64_t B, panels, depth;
@@ -27,8 +30,8 @@ double step_cost(const Step& step, int row_parts, int unit_parts) {
   const double rows = static_cast<double>(ceil_div(step.B, row_parts));
   const double panels = static_cast<double>(ceil_div(step.panels, unit_parts));
   const double fetch = step.rows_to_fetch * (panels * step.panel_bytes <= kNearBytes ? 1 : kFarFactor);
-  const double work = panels * static_cast<double>(step.depth * step.nv) * std::max(rows, fetch);
-  return work + (unit_parts > 1 ? kBarrier : 0);
+  const double work = panels * static_cast<double>(step.depth * step.nv) * (std::max(rows, fetch) + fetch * kUnhidden);
+  return unit_parts > 1 ? work * kCoupling + kBarrier : work;
 }
 
 Plan divide(const Step& step, int G, int threads) {
