@@ -14,6 +14,7 @@ import torch
 from benchmarks import machine
 from benchmarks.cases import LIBRARIES, Setup
 from benchmarks.check import verify
+from benchmarks.run import DISTURBANCE
 from benchmarks.shapes import CELLS, VARIANT_SHAPE, Case
 from benchmarks.timing import Timing, alternate
 
@@ -54,6 +55,9 @@ def main() -> int:
         setup = Setup(Case(cell, "training", "fp32", VARIANT_SHAPE))
         verify(setup)
         quiet, disturbed = measure(setup, options.seconds)
+        others = quiet["fastrnn"].others
+        if others > DISTURBANCE:
+            print(f"{cell}: the quiet part was not: other processes used {others:.1f} cores")
         for name in LIBRARIES:
             before, after = quiet[name].median * 1e3, disturbed[name].median * 1e3
             print(f"{cell:<12}{name:<16}{before:>9.2f}{after:>9.2f}{after / before:>7.2f}")

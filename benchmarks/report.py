@@ -54,6 +54,9 @@ def section(run: Run) -> str:
         *table(summaries(run.measured)),
         *against_opponents(run),
     ]
+    left_out = sum(row.disturbed for row in run.rows)
+    if left_out:
+        lines += ["", f"Left out: {left_out} cases during which other processes were at work."]
     missed = [verdict for verdict in verdicts(run) if not verdict.met]
     if missed:
         lines += ["", "Targets of our own that this run misses:", ""]

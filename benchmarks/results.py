@@ -32,6 +32,8 @@ class Row:
     ms: dict[str, float] = field(default_factory=dict)  # the best, by library
     median_ms: dict[str, float] = field(default_factory=dict)
     error_share: float | None = None  # the largest part of an error budget that was used
+    others: float = 0.0  # cores that other processes used meanwhile
+    disturbed: bool = False  # and whether that was too much
     failures: list[str] = field(default_factory=list)  # wrong results; the case has no time then
 
     @property
@@ -62,7 +64,8 @@ class Run:
 
     @property
     def measured(self) -> list[Row]:
-        return [row for row in self.rows if not row.failures]
+        """The rows whose times count: right results on an undisturbed machine."""
+        return [row for row in self.rows if not row.failures and not row.disturbed]
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,16 +2,20 @@
 
 The machines that this runs on are shared, so a single time means little. Taking turns gives every
 subject the same share of each disturbance, and the best sample is the one with the least of it.
+What other processes took from the cores in the meantime is measured as well: subjects that are
+disturbed all the time suffer very unequally, and their ratio means nothing.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 Subject = Callable[[], object]
@@ -23,12 +27,37 @@ class Timing(NamedTuple):
     median: float
     samples: int
     calls: int  # calls a sample
+    others: float  # cores that other processes used meanwhile; 0 where the system does not tell
 
     def merged(self, other: Timing) -> Timing:
         """The two as one measurement; the median becomes that of the one with more samples."""
         more = max(self, other, key=lambda timing: timing.samples)
         best = min(self.best, other.best)
-        return Timing(best, more.median, self.samples + other.samples, self.calls)
+        others = max(self.others, other.others)
+        return Timing(best, more.median, self.samples + other.samples, self.calls, others)
+
+
+class Others:
+    """The cores' time that other processes have used since this was made."""
+
+    STAT = Path("/proc/stat")
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.before = self._used()
+
+    def cores(self) -> float:
+        return max(0.0, (self._used() - self.before) / (time.perf_counter() - self.start))
+
+    def _used(self) -> float:
+        """Seconds, of all cores together, that went neither to this process nor to none."""
+        if not self.STAT.exists():
+            return 0.0
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+            int, self.STAT.read_text().split("\n", 1)[0].split()[1:9]
+        )
+        ticks = user + nice + system + irq + softirq + steal
+        return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 @contextmanager
@@ -63,12 +92,14 @@ def alternate(
         calls = {name: calls_a_sample(subject) for name, subject in subjects.items()}
         samples: dict[str, list[float]] = {name: [] for name in subjects}
         order = list(subjects)
+        others = Others()
         end = time.perf_counter() + seconds * len(order)
         while time.perf_counter() < end or len(samples[order[0]]) < least:
             for name in order:
                 samples[name].append(sample(subjects[name], calls[name]))
             order.reverse()  # so that none always comes first after another
+        cores = others.cores()
     return {
-        name: Timing(min(taken), statistics.median(taken), len(taken), calls[name])
+        name: Timing(min(taken), statistics.median(taken), len(taken), calls[name], cores)
         for name, taken in samples.items()
     }
