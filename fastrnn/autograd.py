@@ -78,10 +78,11 @@ def scan(
 
     The arguments are those of :class:`fastrnn.backends.Backend`, already checked.
     """
-    grad, plain = _inspect(x, h0, c0, weights)
+    tensors = [t for t in (x, h0, c0, *weights) if t is not None]
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     problem = ops.describe(cell, x, batch_sizes, weights, reverse, batch, grad)
     backend = choose(problem)
-    if backend.differentiable or (plain and not grad and _eager()):
+    if backend.differentiable or (not grad and _unwatched(tensors)):
         y, h_n, c_n, _ = backend.forward(problem, x, batch_sizes, h0, c0, weights, reverse, False)
         return y, h_n, c_n
     if grad:
@@ -95,24 +96,11 @@ def scan(
     return y, h_n, c_n if problem.cell.states > 1 else None
 
 
-def _inspect(
-    x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Weights
-) -> tuple[bool, bool]:
-    """Whether a gradient is wanted; whether a kernel may read all the tensors' memory as it is."""
-    grad, plain = False, True
-    for tensor in (x, h0, c0, *weights):
-        if tensor is None:
-            continue
-        grad = grad or tensor.requires_grad
-        plain = plain and type(tensor) in _PLAIN and not tensor.is_neg()
-    return grad and torch.is_grad_enabled(), plain
-
-
-def _eager() -> bool:
-    """Whether nothing watches the dispatcher, so that a kernel may be called without it."""
+def _unwatched(tensors: list[Tensor]) -> bool:
+    """Whether a kernel may read the tensors' memory as it is, and nobody watches the dispatcher."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
-        and torch._C._get_tracing_state() is None
+        and all(type(t) in _PLAIN and not t.is_neg() for t in tensors)
     )

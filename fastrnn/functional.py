@@ -137,6 +137,8 @@ def _check_weights(cell: Cell, x: Tensor, weights: Weights, groups: int) -> tupl
             f"expected 4 or 5 weights for each of {groups} groups, got {len(weights)}"
         )
     each = len(weights) // groups
+    if each == 5 and cell.states == 1:
+        raise RuntimeError(f"{cell.name} has no projection: its only state would change its size")
     w_ih, w_hr = weights[0], weights[4] if each == 5 else None
     rows = w_ih.shape[0] if w_ih is not None and w_ih.dim() else 0
     H = rows // cell.gates

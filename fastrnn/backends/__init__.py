@@ -53,7 +53,8 @@ def backend(name: str | None) -> Iterator[None]:
     A layer that it cannot serve raises a RuntimeError with its reason. ``None`` restores the
     automatic choice. The environment variable ``FASTRNN_BACKEND``, read at import, does the same
     for the whole process. The choice holds for the current thread (or asyncio task); a backward
-    pass uses the backend of its forward pass.
+    pass uses the backend of its forward pass, and a compiled function the one that was chosen when
+    it was compiled.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -67,6 +68,14 @@ def backend(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def _asked() -> str | None:
+    return _forced.get()
+
+
+# As torch.compiler.assume_constant_result does, but without importing Dynamo, which takes a second.
+_asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def refusal(candidate: Backend, problem: Problem) -> str | None:
     """None if `candidate` serves the problem here and now, or its reason."""
     if not candidate.differentiable:
@@ -74,12 +83,14 @@ def refusal(candidate: Backend, problem: Problem) -> str | None:
             return "a torch.func transform is active, which needs plain torch operations"
         if forward_ad._current_level >= 0:
             return "forward-mode differentiation is active, and the kernels have none"
+        if torch._C._get_tracing_state() is not None:
+            return "torch.jit.trace is recording, and cannot record the kernels"
     return candidate.supports(problem)
 
 
 def choose(problem: Problem) -> Backend:
     """The backend asked for by name, or else the first that serves the problem."""
-    name = _forced.get()
+    name = _asked()
     if name is not None:
         chosen = by_name(name)
         reason = refusal(chosen, problem)

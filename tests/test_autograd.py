@@ -1,0 +1,261 @@
+"""Gradients: any subset of them, any subset of the outputs, and what happens beyond first order."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers import BACKEND_NAMES, Case, make_inputs, using
+from torch import Tensor
+
+import fastrnn
+from fastrnn import functional
+from fastrnn.backends import by_name
+from fastrnn.cells import CELLS
+
+pytestmark = [
+    pytest.mark.parametrize("backend", BACKEND_NAMES),
+    pytest.mark.parametrize("cell", CELLS),
+]
+CASE = Case(5, 3, 4, 7, reverse=(False, True))
+
+
+def leaves_and_call(cell: str, case: Case = CASE) -> tuple[list[Tensor], Any]:
+    """Double leaves, and the layer as a function of them that returns all its outputs."""
+    inputs = make_inputs(cell, case, torch.float64)
+    leaves = [inputs.x, *inputs.states, *(w for w in inputs.weights if w is not None)]
+
+    def layer(*leaves: Tensor) -> tuple[Tensor, ...]:
+        x, *rest = leaves
+        states, given = tuple(rest[: len(inputs.states)]), iter(rest[len(inputs.states) :])
+        weights = [None if w is None else next(given) for w in inputs.weights]
+        y, ends = functional.layer(cell, x, states or None, weights, case.reverse, case.batch_sizes)
+        return y, *ends
+
+    return leaves, layer
+
+
+def loss_of(outputs: tuple[Tensor, ...], used: Any = None) -> Tensor:
+    chosen = outputs if used is None else [outputs[k] for k in used]
+    return torch.stack([(o * o.cos()).sum() for o in chosen]).sum()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(3, 2, 3, 4),
+        Case(2, 1, 2, 3, hx=False, bias=False),
+        Case(4, 3, 2, 3, lengths=(4, 2, 1), reverse=(False, True)),
+        Case(3, 2, 3, 4, P=2, reverse=(False, True)),
+        Case(4, 3, 2, 4, P=3, lengths=(4, 4, 1), bias=False),
+    ],
+    ids=str,
+)
+def test_gradcheck(cell: str, backend: str, case: Case) -> None:
+    leaves, layer = leaves_and_call(cell, case)
+    if case.P and CELLS[cell].states == 1:
+        with pytest.raises(RuntimeError, match="has no projection"):
+            layer(*leaves)
+        return
+    with using(backend):
+        assert torch.autograd.gradcheck(layer, leaves)
+
+
+def test_any_subset_of_inputs(cell: str, backend: str) -> None:
+    """Each alone, each left out, and a sample of all combinations; the same values whatever is
+    asked."""
+    leaves, layer = leaves_and_call(cell)
+    with using(backend):
+        expected = torch.autograd.grad(loss_of(layer(*leaves)), leaves)
+    everyone = range(len(leaves))
+    subsets = [{k} for k in everyone] + [set(everyone) - {k} for k in everyone]
+    subsets += [set(s) for s in list(itertools.combinations(everyone, 3))[::5]]
+    for wanted in subsets:
+        given = [t.detach().requires_grad_(k in wanted) for k, t in enumerate(leaves)]
+        with using(backend):
+            found = torch.autograd.grad(loss_of(layer(*given)), [given[k] for k in sorted(wanted)])
+        for k, grad in zip(sorted(wanted), found, strict=True):
+            torch.testing.assert_close(grad, expected[k])
+
+
+def test_any_subset_of_outputs(cell: str, backend: str) -> None:
+    leaves, layer = leaves_and_call(cell)
+    outputs = 1 + CELLS[cell].states
+    with using("reference"):
+        truth = layer(*leaves)
+    for size in range(1, outputs + 1):
+        for used in itertools.combinations(range(outputs), size):
+            with using(backend):
+                found = torch.autograd.grad(loss_of(layer(*leaves), used), leaves)
+            expected = torch.autograd.grad(loss_of(truth, used), leaves, retain_graph=True)
+            torch.testing.assert_close(found, expected)
+
+
+def test_no_output_used(cell: str, backend: str) -> None:
+    leaves, layer = leaves_and_call(cell)
+    with using(backend):
+        y, *_ = layer(*leaves)
+    found = torch.autograd.grad((y * 0).sum() + leaves[0].sum(), leaves)
+    assert torch.equal(found[0], torch.ones_like(leaves[0]))
+    assert all((g == 0).all() for g in found[1:])
+
+
+def test_retain_graph_and_accumulation(cell: str, backend: str) -> None:
+    leaves, layer = leaves_and_call(cell)
+    with using(backend):
+        loss = loss_of(layer(*leaves))
+    loss.backward(retain_graph=True)
+    first = [t.grad.clone() for t in leaves if t.grad is not None]
+    loss.backward()
+    for once, leaf in zip(first, leaves, strict=True):
+        torch.testing.assert_close(leaf.grad, 2 * once)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_incoming_gradient_of_any_strides(cell: str, backend: str) -> None:
+    leaves, layer = leaves_and_call(cell)
+    found = []
+    for view in (lambda t: t, lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)):
+        with using(backend):
+            outputs = layer(*leaves)
+        grads = [view(torch.ones_like(o).cumsum(0)) for o in outputs]
+        found.append(torch.autograd.grad(outputs, leaves, grads))
+    torch.testing.assert_close(found[0], found[1])
+    with using(backend):
+        outputs = layer(*leaves)
+    expanded = torch.autograd.grad(outputs[0].sum(), leaves)  # a gradient of stride 0
+    with using("reference"):
+        expected = torch.autograd.grad(layer(*leaves)[0].sum(), leaves)
+    torch.testing.assert_close(expanded, expected)
+
+
+def test_double_backward_is_right_or_raises(cell: str, backend: str) -> None:
+    leaves, layer = leaves_and_call(cell)
+    with using(backend):
+        grads = torch.autograd.grad(loss_of(layer(*leaves)), leaves, create_graph=True)
+    penalty = torch.stack([g.square().sum() for g in grads]).sum()
+    if by_name(backend).differentiable:
+        assert all(g is not None for g in torch.autograd.grad(penalty, leaves))
+        return
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        penalty.backward()
+
+
+def test_in_place_change_of_a_saved_tensor_raises(cell: str, backend: str) -> None:
+    leaves, layer = leaves_and_call(cell)
+    with using(backend):
+        y, *_ = layer(*leaves)
+    with torch.no_grad():
+        leaves[-3].mul_(2)  # w_hh of the last group
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_no_grad_saves_nothing(cell: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither under no_grad or inference_mode nor when nothing asks for a gradient."""
+    kind = by_name(backend)
+    asked: list[bool] = []
+    forward = kind.forward
+
+    def spy(problem: Any, *args: Any) -> Any:
+        asked.extend((problem.grad, args[-1]))
+        return forward(problem, *args)
+
+    monkeypatch.setattr(kind, "forward", spy)
+    leaves, layer = leaves_and_call(cell)
+    with using(backend):
+        with torch.no_grad():
+            outputs = layer(*leaves)
+        assert not any(o.requires_grad for o in outputs)
+        with torch.inference_mode():
+            assert all(o.is_inference() for o in layer(*leaves))
+        outputs = layer(*(t.detach() for t in leaves))
+        assert not any(o.requires_grad for o in outputs)
+    assert asked
+    assert not any(asked)
+
+
+def test_inference_tensors(cell: str, backend: str) -> None:
+    leaves, layer = leaves_and_call(cell)
+    with torch.inference_mode():
+        given = [t.clone() for t in leaves]
+        with using(backend):
+            found = layer(*given)
+    with using(backend), torch.no_grad():
+        expected = layer(*leaves)
+    assert all(map(torch.equal, expected, found))
+
+
+def test_saved_tensor_hooks_see_what_is_saved(cell: str, backend: str) -> None:
+    leaves, layer = leaves_and_call(cell)
+    with using(backend):
+        expected = torch.autograd.grad(loss_of(layer(*leaves)), leaves)
+        with torch.autograd.graph.save_on_cpu():
+            outputs = layer(*leaves)
+    found = torch.autograd.grad(loss_of(outputs), leaves)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(cell: str, backend: str, reentrant: bool) -> None:
+    leaves, layer = leaves_and_call(cell)
+    with using(backend):
+        expected = torch.autograd.grad(loss_of(layer(*leaves)), leaves)
+        outputs = torch.utils.checkpoint.checkpoint(layer, *leaves, use_reentrant=reentrant)
+        loss_of(outputs).backward()
+    torch.testing.assert_close([t.grad for t in leaves], list(expected))
+
+
+def test_torch_func_transforms(cell: str, backend: str) -> None:
+    """They need plain torch: automatic choice finds the reference, a kernel asked for refuses."""
+    leaves, layer = leaves_and_call(cell)
+    directions = tuple(torch.randn_like(t) for t in leaves)
+
+    def scalar(*leaves: Tensor) -> Tensor:
+        return loss_of(layer(*leaves))
+
+    everyone = tuple(range(len(leaves)))
+    with fastrnn.backend(None):
+        expected = torch.autograd.grad(scalar(*leaves), leaves)
+        torch.testing.assert_close(torch.func.grad(scalar, everyone)(*leaves), expected)
+        _, slope = torch.func.jvp(scalar, tuple(leaves), directions)
+        dot = torch.stack([(g * d).sum() for g, d in zip(expected, directions, strict=True)]).sum()
+        torch.testing.assert_close(slope, dot)
+        two = [torch.stack([t.detach(), -t.detach()]) for t in leaves]
+        batched = torch.func.vmap(layer)(*two)
+        for k, sign in enumerate((1, -1)):
+            alone = layer(*(sign * t for t in leaves))
+            torch.testing.assert_close([o[k] for o in batched], list(alone))
+    if by_name(backend).differentiable:
+        return
+    with fastrnn.backend(backend), pytest.raises(RuntimeError, match=r"torch.func transform"):
+        torch.func.grad(scalar)(*leaves)
+
+
+def test_backward_uses_the_backend_of_its_forward(cell: str, backend: str) -> None:
+    leaves, layer = leaves_and_call(cell)
+    with using(backend):
+        loss = loss_of(layer(*leaves))
+    other = next(name for name in BACKEND_NAMES if name != backend)
+    with fastrnn.backend(other):
+        found = torch.autograd.grad(loss, leaves)
+    with using(backend):
+        expected = torch.autograd.grad(loss_of(layer(*leaves)), leaves)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_same_tensor_in_several_places(cell: str, backend: str) -> None:
+    """One weight tensor for both directions and one tensor for all biases: gradients add up."""
+    x = torch.randn(4, 2, 7, dtype=torch.float64, requires_grad=True)
+    rows = CELLS[cell].gates * 7
+    w = (torch.randn(rows, 7, dtype=torch.float64) / 3).requires_grad_()
+    b = torch.randn(rows, dtype=torch.float64, requires_grad=True)
+    found = []
+    for name in (backend, "reference"):
+        with using(name):
+            y, _ = functional.layer(cell, x, None, [w, w, b, b] * 2, (False, True))
+        found.append(torch.autograd.grad(loss_of((y,)), (x, w, b)))
+    torch.testing.assert_close(found[0], found[1])

@@ -1,0 +1,237 @@
+"""convert, revert, and the choice and explanation of backends."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from helpers import LAYERS, STEPS
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import fastrnn
+from fastrnn.backends import BACKENDS
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 6, 2, bidirectional=True, dropout=0.25)
+        self.gru = nn.GRU(12, 6)
+        self.rest = nn.ModuleList([nn.RNN(6, 6, nonlinearity="relu"), nn.Linear(6, 5)])
+        self.cells = nn.ModuleDict({"a": nn.LSTMCell(5, 5), "b": nn.GRUCell(5, 5)})
+        self.cells["c"] = nn.RNNCell(5, 5)
+        self.tied = self.gru
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.lstm(x)
+        x, _ = self.gru(x)
+        x, _ = self.rest[0](x)
+        x = self.rest[1](x[-1])
+        h, _ = self.cells["a"](x)
+        h = self.cells["b"](x, h)
+        result: Tensor = self.cells["c"](x, h)
+        return result
+
+
+def test_a_model_gives_the_same_and_stays_itself() -> None:
+    model = Model().double().eval()
+    x = torch.randn(7, 3, 4, dtype=torch.float64)
+    before = {name: id(p) for name, p in model.named_parameters()}
+    modules = {name: id(m) for name, m in model.named_modules()}
+    expected = model(x)
+    assert fastrnn.convert(model) is model
+    torch.testing.assert_close(model(x), expected)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert {name: id(m) for name, m in model.named_modules()} == modules
+    recurrent = (fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN)
+    steps = (fastrnn.LSTMCell, fastrnn.GRUCell, fastrnn.RNNCell)
+    assert sum(isinstance(m, recurrent + steps) for m in model.modules()) == 6
+    assert model.tied is model.gru
+    assert fastrnn.convert(model) is model
+    assert fastrnn.revert(model) is model
+    assert torch.equal(model(x), expected)
+    assert not any(isinstance(m, recurrent + steps) for m in model.modules())
+
+
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), [*LAYERS, *STEPS])
+def test_a_layer_itself(torch_kind: Any, kind: Any, options: Any) -> None:
+    layer = torch_kind(4, 6, **options)
+    result = fastrnn.convert(layer)
+    assert result is layer
+    assert type(layer) is kind
+    assert repr(layer) == repr(torch_kind(4, 6, **options))
+    assert set(vars(layer)) == set(vars(kind(4, 6, **options)))
+    assert fastrnn.revert(layer) is layer
+    assert type(layer) is torch_kind
+
+
+def test_everything_that_hangs_on_a_layer_is_kept() -> None:
+    model = nn.Sequential(nn.GRU(4, 6, num_layers=2, dropout=0.5))
+    layer: Any = model[0]
+    layer.eval()
+    layer.weight_hh_l0.requires_grad_(False)
+    layer.note = "mine"
+    layer.register_buffer("scale", torch.ones(2))
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append("forward"))
+    layer.register_forward_pre_hook(lambda *_: calls.append("before"))
+    layer.register_full_backward_hook(lambda *_: calls.append("backward"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fastrnn.convert(model)
+    assert not layer.training
+    assert not layer.weight_hh_l0.requires_grad
+    assert layer.note == "mine"
+    assert "scale" in dict(layer.named_buffers())
+    old = layer.weight_ih_l0.detach().clone()
+    layer(torch.randn(3, 2, 4, requires_grad=True))[0].sum().backward()
+    optimizer.step()
+    assert calls == ["before", "forward", "backward"]
+    assert layer.weight_hh_l0.grad is None
+    assert not torch.equal(layer.weight_ih_l0, old)
+
+
+def test_subclasses_are_left_alone() -> None:
+    class Mine(nn.LSTM):
+        def forward(self, input: Any, hx: Any = None) -> Any:
+            return "mine"
+
+    model = nn.Sequential(Mine(3, 4))
+    fastrnn.convert(model)
+    assert type(model[0]) is Mine
+
+
+def test_parametrized_layers() -> None:
+    layer = parametrizations.weight_norm(nn.LSTM(4, 6), "weight_hh_l0").double()
+    x = torch.randn(5, 2, 4, dtype=torch.float64)
+    expected, _ = layer(x)
+    fastrnn.convert(layer)
+    assert isinstance(layer, fastrnn.LSTM)
+    assert parametrize.is_parametrized(layer, "weight_hh_l0")
+    torch.testing.assert_close(layer(x)[0], expected)
+    layer(x)[0].sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+    fastrnn.revert(layer)
+    assert isinstance(layer, nn.LSTM)
+    assert torch.equal(layer(x)[0], expected)
+
+
+def test_converted_models_can_be_copied_and_saved(tmp_path: Any) -> None:
+    model = fastrnn.convert(Model()).eval()
+    x = torch.randn(7, 3, 4)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    assert torch.equal(loaded(x), model(x))
+    plain = Model().eval()
+    plain.load_state_dict(model.state_dict())
+    assert isinstance(fastrnn.revert(loaded).lstm, nn.LSTM)
+
+
+def test_explain() -> None:
+    layer = fastrnn.LSTM(4, 6, 2, bidirectional=True, proj_size=3)
+    x = torch.randn(5, 2, 4)
+    first, second = fastrnn.explain(layer, x)
+    assert (first.problem.T, first.problem.B, first.problem.I) == (5, 2, 4)
+    assert (second.layer, second.problem.I, second.problem.H, second.problem.P) == (1, 6, 6, 3)
+    assert first.problem.G == 2
+    assert first.problem.grad
+    assert not first.problem.packed
+    for one in (first, second):
+        assert one.serves in {b.name for b in BACKENDS}
+        assert one.serves not in one.refusals
+    text = str(fastrnn.explain(layer, x))
+    assert "layer 1: lstm T=5 B=2 I=6 H=6 P=3, float32 on cpu, 2 directions, with gradients" in text
+    assert all(b.name in text for b in BACKENDS)
+    packed = nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 0]])
+    with torch.no_grad():
+        assert "packed, without gradients" in str(fastrnn.explain(layer, packed))
+    (unbatched,) = fastrnn.explain(fastrnn.GRU(4, 6, batch_first=True), x[0])
+    assert (unbatched.problem.T, unbatched.problem.B) == (2, 1)
+    (batch_first,) = fastrnn.explain(fastrnn.GRU(4, 6, batch_first=True), x)
+    assert (batch_first.problem.T, batch_first.problem.B) == (2, 5)
+    (step,) = fastrnn.explain(fastrnn.GRUCell(4, 6), x[0, 0])
+    assert (step.problem.T, step.problem.B, step.problem.H) == (1, 1, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fastrnn.explain(layer, x)[0].problem.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="takes a fastrnn layer or cell, got Linear"):
+        fastrnn.explain(nn.Linear(3, 4), x)
+
+
+def test_explain_tells_why_the_asked_one_refuses() -> None:
+    layer = fastrnn.GRU(4, 6, dtype=torch.complex64)
+    x = torch.randn(5, 2, 4, dtype=torch.complex64)
+    (found,) = fastrnn.explain(layer, x)
+    assert found.serves == "reference"
+    assert set(found.refusals) == {b.name for b in BACKENDS} - {"reference"}
+    for name, reason in found.refusals.items():
+        with fastrnn.backend(name):
+            assert fastrnn.explain(layer, x)[0].serves is None
+            with pytest.raises(RuntimeError) as raised:
+                layer(x)
+        assert reason in str(raised.value)
+
+
+def test_backend_context() -> None:
+    layer, x = fastrnn.GRU(4, 6), torch.randn(5, 2, 4)
+
+    def serving() -> str | None:
+        return fastrnn.explain(layer, x)[0].serves
+
+    first = serving()
+    seen = []
+    with fastrnn.backend("reference"):
+        assert serving() == "reference"
+        thread = threading.Thread(target=lambda: seen.append(serving()))
+        thread.start()
+        thread.join()
+        with fastrnn.backend(None):
+            assert serving() == BACKENDS[0].name or BACKENDS[0].supports(
+                fastrnn.explain(layer, x)[0].problem
+            )
+        assert serving() == "reference"
+    assert seen == [first]
+    assert serving() == first
+    with pytest.raises(ValueError, match="unknown fastrnn backend 'nope': choose from"):
+        fastrnn.backend("nope").__enter__()
+    with pytest.raises(KeyError), fastrnn.backend("reference"):
+        raise KeyError
+    assert serving() == first
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_environment_variable() -> None:
+    code = "import fastrnn, torch; print(fastrnn.explain(fastrnn.GRU(2, 3), torch.ones(1, 1, 2)))"
+    found = run_python(code, FASTRNN_BACKEND="reference")
+    assert "reference: serves" in found.stdout, found.stderr
+    found = run_python(code, FASTRNN_BACKEND="nope")
+    assert found.returncode != 0
+    assert "unknown fastrnn backend 'nope'" in found.stderr
+
+
+def test_without_the_extension_the_reference_serves_and_says_so_once() -> None:
+    code = (
+        "import sys; sys.modules['fastrnn._C'] = None\n"
+        "import fastrnn, torch\n"
+        "layer = fastrnn.GRU(2, 3)\n"
+        "for _ in range(3): layer(torch.ones(1, 1, 2))\n"
+        "print(fastrnn.explain(layer, torch.ones(1, 1, 2)))\n"
+    )
+    found = run_python(code)
+    assert "reference: serves" in found.stdout, found.stderr
+    assert "cpu: refuses: the extension fastrnn._C is not built" in found.stdout
+    assert found.stderr.count("the extension fastrnn._C is not built") == 1

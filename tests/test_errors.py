@@ -1,0 +1,344 @@
+"""Bad arguments: the exception of torch.nn, or a clearer one where torch.nn's is obscure, never a
+crash."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import BACKEND_NAMES, LAYERS, STEPS
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fastrnn
+from fastrnn import functional
+from fastrnn.backends import BACKENDS
+from fastrnn.cells import CELLS
+
+T, B, I, H = 5, 2, 3, 4
+Make = Callable[..., Any]
+
+
+def outcome(action: Callable[[], Any]) -> BaseException | None:
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None
+
+
+def assert_same_error(theirs: Callable[[], Any], ours: Callable[[], Any]) -> None:
+    expected, found = outcome(theirs), outcome(ours)
+    assert expected is not None
+    assert type(found) is type(expected), (expected, found)
+    assert str(found) == str(expected)
+
+
+CONSTRUCTIONS: list[dict[str, Any]] = [
+    {"dropout": -0.1},
+    {"dropout": 1.5},
+    {"dropout": True},
+    {"dropout": "much"},
+    {"dropout": None},
+    {"dropout": math.nan},
+    {"bias": 1},
+    {"bias": None},
+    {"batch_first": 1},
+    {"batch_first": "yes"},
+    {"input_size": 0},
+    {"input_size": -1},
+    {"input_size": 2.0},
+    {"hidden_size": 0},
+    {"hidden_size": -1},
+    {"hidden_size": "4"},
+    {"num_layers": 0},
+    {"num_layers": -1},
+    {"proj_size": 1},
+    {"proj_size": -1},
+    {"proj_size": 4},
+    {"proj_size": 9},
+    {"dtype": torch.int64},
+    {"dtype": "float"},
+    {"device": "nowhere"},
+]
+
+
+@pytest.mark.parametrize("wrong", CONSTRUCTIONS, ids=str)
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), LAYERS)
+def test_construction(torch_kind: Any, kind: Any, options: Any, wrong: dict[str, Any]) -> None:
+    args = {"input_size": I, "hidden_size": H, **options, **wrong}
+    if outcome(lambda: torch_kind(**args)) is None:
+        kind(**args)
+        return
+    assert_same_error(lambda: torch_kind(**args), lambda: kind(**args))
+
+
+def test_nonlinearity() -> None:
+    for name in ("sigmoid", "", None):
+        assert_same_error(
+            lambda name=name: nn.RNN(I, H, nonlinearity=name),
+            lambda name=name: fastrnn.RNN(I, H, nonlinearity=name),
+        )
+    x = torch.randn(B, I)
+    theirs, ours = (k(I, H, nonlinearity="sigmoid") for k in (nn.RNNCell, fastrnn.RNNCell))
+    assert_same_error(lambda: theirs(x), lambda: ours(x))
+
+
+def x_of(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def hx(kind: str, *shape: int, dtype: torch.dtype = torch.float32) -> Any:
+    h = torch.zeros(*shape, dtype=dtype)
+    return (h, h.clone()) if "LSTM" in kind else h
+
+
+SAME: dict[str, Callable[[str], tuple[Any, ...]]] = {
+    "input 1-D": lambda k: (x_of(I),),
+    "input 0-D": lambda k: (torch.tensor(1.0),),
+    "input 4-D": lambda k: (x_of(1, T, B, I),),
+    "input_size": lambda k: (x_of(T, B, I + 1),),
+    "input_size unbatched": lambda k: (x_of(T, I + 1),),
+    "double": lambda k: (x_of(T, B, I, dtype=torch.float64),),
+    "integers": lambda k: (x_of(T, B, I, dtype=torch.int64),),
+    "bool": lambda k: (x_of(T, B, I, dtype=torch.bool),),
+    "no steps": lambda k: (x_of(0, B, I),),
+    "no steps unbatched": lambda k: (x_of(0, I),),
+    "no steps with hx": lambda k: (x_of(0, B, I), hx(k, 1, B, H)),
+    "list": lambda k: ([1.0, 2.0],),
+    "None": lambda k: (None,),
+    "number": lambda k: (3,),
+    "hx batch": lambda k: (x_of(T, B, I), hx(k, 1, B + 1, H)),
+    "hx batch of 1": lambda k: (x_of(T, B, I), hx(k, 1, 1, H)),
+    "hx hidden": lambda k: (x_of(T, B, I), hx(k, 1, B, H + 1)),
+    "hx layers": lambda k: (x_of(T, B, I), hx(k, 2, B, H)),
+    "hx 2-D": lambda k: (x_of(T, B, I), hx(k, B, H)),
+    "hx 4-D": lambda k: (x_of(T, B, I), hx(k, 1, 1, B, H)),
+    "hx 3-D unbatched": lambda k: (x_of(T, I), hx(k, 1, 1, H)),
+    "hx hidden unbatched": lambda k: (x_of(T, I), hx(k, 1, H + 1)),
+    "hx number": lambda k: (x_of(T, B, I), 3),
+    "hx text": lambda k: (x_of(T, B, I), "ab"),
+    "hx of numbers": lambda k: (x_of(T, B, I), (1, 2)),
+    "hx tuple of one": lambda k: (x_of(T, B, I), (x_of(1, B, H),)),
+    "hx tuple of three": lambda k: (x_of(T, B, I), (x_of(1, B, H),) * 3),
+    "hx empty": lambda k: (x_of(T, B, I), ()),
+    "hx on another device": lambda k: (x_of(T, B, I), to_meta(hx(k, 1, B, H))),
+    "input on another device": lambda k: (x_of(T, B, I).to("meta"),),
+}
+
+
+def to_meta(states: Any) -> Any:
+    return tuple(map(to_meta, states)) if isinstance(states, tuple) else states.to("meta")
+
+
+@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), LAYERS)
+def test_call(torch_kind: Any, kind: Any, options: Any, backend: str, name: str) -> None:
+    theirs, ours = torch_kind(I, H, **options), kind(I, H, **options)
+    args = SAME[name](theirs.mode)
+    with fastrnn.backend(backend):
+        assert_same_error(lambda: theirs(*args), lambda: ours(*args))
+
+
+def packed(*shape: int, dtype: torch.dtype = torch.float32) -> PackedSequence:
+    return pack_padded_sequence(torch.zeros(*shape, dtype=dtype), [T, T - 2])
+
+
+CLEARER: dict[str, tuple[Make, type[Exception], str]] = {
+    "hx dtype": (
+        lambda k: (x_of(T, B, I), hx(k, 1, B, H, dtype=torch.float64)),
+        RuntimeError,
+        "Input and hidden tensors are not the same dtype, found input tensor with torch.float32",
+    ),
+    "packed, input_size": (
+        lambda k: (packed(T, B, I + 1),),
+        RuntimeError,
+        "input.size(-1) must be equal to input_size. Expected 3, got 4",
+    ),
+    "packed, dtype": (
+        lambda k: (packed(T, B, I, dtype=torch.float64),),
+        ValueError,
+        "RNN input dtype (torch.float64) does not match weight dtype (torch.float32)",
+    ),
+    "packed, hx batch": (
+        lambda k: (packed(T, B, I), hx(k, 1, B + 1, H)),
+        RuntimeError,
+        "size (1, 2, 4), got [1, 3, 4]",
+    ),
+    "packed, hx 2-D": (
+        lambda k: (packed(T, B, I), hx(k, B, H)),
+        RuntimeError,
+        "size (1, 2, 4), got [2, 4]",
+    ),
+    "packed, data 3-D": (
+        lambda k: (PackedSequence(x_of(T, B, I), torch.ones(T, dtype=torch.int64)),),
+        RuntimeError,
+        "input must have 2 dimensions, got 3",
+    ),
+    "packed, increasing": (
+        lambda k: (PackedSequence(x_of(5, I), torch.tensor([1, 2, 2])),),
+        RuntimeError,
+        "batch_sizes must be positive and must not increase",
+    ),
+    "packed, zero": (
+        lambda k: (PackedSequence(x_of(5, I), torch.tensor([3, 2, 0])),),
+        RuntimeError,
+        "batch_sizes must be positive and must not increase",
+    ),
+    "packed, negative": (
+        lambda k: (PackedSequence(x_of(5, I), torch.tensor([7, -2])),),
+        RuntimeError,
+        "batch_sizes must be positive and must not increase",
+    ),
+    "packed, too many rows": (
+        lambda k: (PackedSequence(x_of(5, I), torch.tensor([3, 3])),),
+        RuntimeError,
+        "batch_sizes sum to 6, but the packed input has 5 rows",
+    ),
+    "packed, too few rows": (
+        lambda k: (PackedSequence(x_of(5, I), torch.tensor([3, 1])),),
+        RuntimeError,
+        "batch_sizes sum to 4, but the packed input has 5 rows",
+    ),
+    "packed, int32": (
+        lambda k: (PackedSequence(x_of(4, I), torch.tensor([3, 1], dtype=torch.int32)),),
+        RuntimeError,
+        "batch_sizes should always be a 1-D int64 CPU tensor",
+    ),
+    "sparse": (
+        lambda k: (x_of(T, B, I).to_sparse(),),
+        RuntimeError,
+        "input must be a dense tensor, got torch.sparse_coo",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLEARER)
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), LAYERS)
+def test_call_with_a_clearer_error(
+    torch_kind: Any, kind: Any, options: Any, backend: str, name: str
+) -> None:
+    ours = kind(I, H, **options)
+    make, error, text = CLEARER[name]
+    with fastrnn.backend(backend), pytest.raises(error, match=re.escape(text)):
+        ours(*make(ours.mode))
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("position", "change", "text"),
+    [
+        (0, lambda w: w[:, :-1], "Expected weight_ih size"),
+        (0, lambda w: w[:-1], "Expected weight|do not make a"),
+        (0, lambda w: w[0], "Expected weight|do not make a"),
+        (0, lambda w: w[:0], "do not make a"),
+        (0, lambda w: None, "do not make a"),
+        (1, lambda w: w[:, :-1], "Expected weight_hh size"),
+        (1, lambda w: w.flatten(), "Expected weight_hh size"),
+        (1, lambda w: None, "weight_hh is None"),
+        (1, lambda w: w.double(), "Input and parameter tensors are not the same dtype"),
+        (1, lambda w: w.to("meta"), "Input and parameter tensors are not at the same device"),
+        (2, lambda w: w[:-1], "Expected bias_ih size"),
+        (3, lambda w: w[:1], "Expected bias_hh size"),
+        (3, lambda w: w[None], "Expected bias_hh size"),
+        (3, lambda w: w.bfloat16(), "Input and parameter tensors are not the same dtype"),
+    ],
+)
+def test_weights(cell: str, backend: str, position: int, change: Any, text: str) -> None:
+    rows = CELLS[cell].gates * H
+    weights: list[Any] = [x_of(rows, I), x_of(rows, H), x_of(rows), x_of(rows)]
+    weights[position] = change(weights[position])
+    with fastrnn.backend(backend), pytest.raises(RuntimeError, match=text):
+        functional.layer(cell, x_of(T, B, I), None, weights)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 6, 7])
+def test_number_of_weights(count: int) -> None:
+    with pytest.raises(RuntimeError, match=r"weights for each of 1 groups|do not make a"):
+        functional.layer("gru", x_of(T, B, I), None, [x_of(3 * H, I)] * count)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_number_of_states(cell: str) -> None:
+    rows, n = CELLS[cell].gates * H, CELLS[cell].states
+    weights = [x_of(rows, I), x_of(rows, H), None, None]
+    for count in {0, 1, 2, 3} - {n}:
+        with pytest.raises(RuntimeError, match=f"expects {n} hidden states, got {count}"):
+            functional.layer(cell, x_of(T, B, I), (x_of(1, B, H),) * count, weights)
+
+
+def test_weights_of_another_shape_inside_a_module() -> None:
+    """torch.nn's LSTM reads beyond such a weight without an error."""
+    layer = fastrnn.LSTM(I, H)
+    layer.weight_hh_l0 = nn.Parameter(torch.zeros(4 * H, H - 1))
+    with pytest.raises(RuntimeError, match=r"Expected weight_hh size \(16, 4\), got \[16, 3\]"):
+        layer(x_of(T, B, I))
+
+
+STEP_CALLS: dict[str, Callable[[str], tuple[Any, ...]]] = {
+    "input 0-D": lambda k: (torch.tensor(1.0),),
+    "input 3-D": lambda k: (x_of(1, B, I),),
+    "input text": lambda k: ("text",),
+    "input_size": lambda k: (x_of(B, I + 1),),
+    "input_size unbatched": lambda k: (x_of(I + 1),),
+    "hx 3-D": lambda k: (x_of(B, I), hx(k, 1, B, H)),
+    "hx 0-D": lambda k: (x_of(B, I), hx(k, 1).sum() if "LSTM" not in k else (x_of(1).sum(),) * 2),
+    "hx batch": lambda k: (x_of(B, I), hx(k, B + 1, H)),
+    "hx batch of 1": lambda k: (x_of(B, I), hx(k, 1, H)),
+    "hx hidden": lambda k: (x_of(B, I), hx(k, B, H + 1)),
+    "hx hidden unbatched": lambda k: (x_of(I), hx(k, H + 1)),
+    "hx number": lambda k: (x_of(B, I), 3),
+    "hx tuple of one": lambda k: (x_of(B, I), (x_of(B, H),)),
+    "hx tuple of three": lambda k: (x_of(B, I), (x_of(B, H),) * 3),
+    "c batch": lambda k: (x_of(B, I), (x_of(B, H), x_of(1, H))),
+    "c hidden": lambda k: (x_of(B, I), (x_of(B, H), x_of(B, H + 1))),
+}
+
+
+@pytest.mark.parametrize("name", STEP_CALLS)
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_step(torch_kind: Any, kind: Any, options: Any, name: str) -> None:
+    theirs, ours = torch_kind(I, H, **options), kind(I, H, **options)
+    args = STEP_CALLS[name](kind.__name__)
+    assert_same_error(lambda: theirs(*args), lambda: ours(*args))
+
+
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_step_with_a_clearer_error(torch_kind: Any, kind: Any, options: Any) -> None:
+    ours = kind(I, H, **options)
+    name = kind.__name__
+    cases: list[tuple[tuple[Any, ...], str]] = [
+        ((x_of(B, I, dtype=torch.float64),), "not the same dtype"),
+        ((x_of(B, I, dtype=torch.int64),), "not the same dtype"),
+        ((x_of(B, I), hx(name, B, H, dtype=torch.float64)), "not the same dtype"),
+        ((x_of(B, I).to("meta"),), "not at the same device"),
+        ((x_of(I), hx(name, 1, H)), "as many dimensions as the input"),
+        ((x_of(B, I), hx(name, H)), "as many dimensions as the input"),
+    ]
+    for args, text in cases:
+        with pytest.raises(RuntimeError, match=text):
+            ours(*args)
+
+
+def test_lstm_cell_refuses_one_tensor_for_two_states() -> None:
+    theirs, ours = nn.LSTMCell(I, H), fastrnn.LSTMCell(I, H)
+    h = x_of(2, H)
+    assert_same_error(lambda: theirs(x_of(B, I), h), lambda: ours(x_of(B, I), h))
+
+
+@pytest.mark.parametrize("backend", [b.name for b in BACKENDS if not b.differentiable])
+def test_operators_called_directly_do_not_crash(backend: str) -> None:
+    x = x_of(5, I)
+    weights = [x_of(4 * H, I), x_of(4 * H, H), None, None]
+    for sizes in ([3, 3], [2, 3], [7, -2], [3, 2, 0], []):
+        with pytest.raises(RuntimeError):
+            torch.ops.fastrnn.forward(
+                "lstm", backend, x, torch.tensor(sizes), None, None, weights, [False], 3, False
+            )

@@ -1,0 +1,162 @@
+"""The torch.library operators: their schema, fake kernels, and what compilers and tracers make of
+them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers import LAYERS, Case, make_inputs
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastrnn
+from fastrnn.backends import BACKENDS
+from fastrnn.cells import CELLS
+
+KERNELS = [b for b in BACKENDS if not b.differentiable]
+CASES = [
+    Case(5, 3, 4, 7),
+    Case(5, 3, 4, 20, reverse=(False, True), hx=False),
+    Case(1, 1, 4, 7, bias=False),
+    Case(4, 3, 4, 7, lengths=(4, 2, 1), reverse=(False, True)),
+]
+
+
+def forward_arguments(cell: str, case: Case, backend: str, save: bool) -> tuple[Any, ...]:
+    inputs = make_inputs(cell, case, torch.float32)
+    x, *rest = (t.detach() for t in (inputs.x, *inputs.states))
+    h0, c0 = [*rest, None, None][:2]
+    weights = [None if w is None else w.detach() for w in inputs.weights]
+    reverse = list(case.reverse)
+    return cell, backend, x, case.batch_sizes, h0, c0, weights, reverse, case.B, save
+
+
+def backward_arguments(cell: str, case: Case, backend: str) -> tuple[Any, ...]:
+    arguments = forward_arguments(cell, case, backend, True)
+    _, _, x, sizes, h0, c0, weights, reverse, batch, _ = arguments
+    y, h_n, c_n, *saved = torch.ops.fastrnn.forward(*arguments)
+    grads = [torch.randn_like(y), torch.randn_like(h_n)]
+    grads.append(torch.randn_like(c_n) if CELLS[cell].states > 1 else None)
+    needs = [t is not None for t in (x, h0, c0, *weights)]
+    return cell, backend, *grads, x, sizes, h0, c0, weights, reverse, batch, y, saved, needs
+
+
+@pytest.fixture(params=KERNELS, ids=lambda b: b.name)
+def backend(request: pytest.FixtureRequest) -> str:
+    (explained,) = fastrnn.explain(fastrnn.GRU(2, 3), torch.ones(1, 1, 2))
+    if request.param.name in explained.refusals:
+        pytest.skip(explained.refusals[request.param.name])
+    return str(request.param.name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck(cell: str, case: Case, backend: str) -> None:
+    for save in (True, False):
+        arguments = forward_arguments(cell, case, backend, save)
+        torch.library.opcheck(torch.ops.fastrnn.forward.default, arguments)
+    arguments = backward_arguments(cell, case, backend)
+    torch.library.opcheck(torch.ops.fastrnn.backward.default, arguments)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_fake_kernels_tell_the_truth(cell: str, case: Case, backend: str) -> None:
+    for operator, arguments in (
+        (torch.ops.fastrnn.forward, forward_arguments(cell, case, backend, True)),
+        (torch.ops.fastrnn.backward, backward_arguments(cell, case, backend)),
+    ):
+        real = operator(*arguments)
+        with FakeTensorMode() as mode:
+            fake = operator(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
+        for a, b in zip(real, fake, strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), LAYERS)
+def test_layer_on_fake_tensors(torch_kind: Any, kind: Any, options: Any) -> None:
+    with FakeTensorMode():
+        layer = kind(4, 6, 2, bidirectional=True, **options)
+        y, _ = layer(torch.randn(5, 3, 4, requires_grad=True))
+        y.sum().backward()
+    assert y.shape == (5, 3, 12)
+    assert all(p.grad.shape == p.shape for p in layer.parameters())
+
+
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), LAYERS)
+def test_compile(torch_kind: Any, kind: Any, options: Any, backend: str) -> None:
+    """The whole layer in one graph, forward and backward, and no new graph for another T and B."""
+    torch._dynamo.reset()
+    layer = kind(4, 6, 2, bidirectional=True, **options)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for T, B in ((5, 3), (7, 2), (9, 4)):
+        x = torch.randn(T, B, 4, requires_grad=True)
+        found = torch.autograd.grad(compiled(x)[0].square().sum(), [x, *layer.parameters()])
+        expected = torch.autograd.grad(layer(x)[0].square().sum(), [x, *layer.parameters()])
+        torch.testing.assert_close(found, expected)
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        x = torch.randn(5, 3, 4)
+        torch.testing.assert_close(compiled(x)[0], layer(x)[0])
+
+
+def test_compile_inside_a_model(backend: str) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 6))
+    x = torch.randn(5, 3, 4)
+    expected, _ = model(x)
+    compiled = torch.compile(
+        fastrnn.convert(copy.deepcopy(model)), backend="aot_eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(x)[0], expected)
+
+
+def test_compile_packed(backend: str) -> None:
+    """The batch size is read from a tensor, which breaks the graph, and nothing else."""
+    torch._dynamo.reset()
+    layer = fastrnn.LSTM(4, 6)
+    packed = pack_padded_sequence(torch.randn(5, 3, 4), [5, 2, 1])
+    compiled = torch.compile(layer, backend="aot_eager")
+    torch.testing.assert_close(compiled(packed)[0].data, layer(packed)[0].data)
+
+
+def test_export(backend: str) -> None:
+    layer = fastrnn.LSTM(4, 6).eval()
+    T, B = torch.export.Dim("T"), torch.export.Dim("B")
+    program = torch.export.export(
+        layer, (torch.randn(5, 3, 4),), dynamic_shapes={"input": {0: T, 1: B}}
+    )
+    x = torch.randn(8, 2, 4)
+    torch.testing.assert_close(program.module()(x)[0], layer(x)[0])
+
+
+def test_trace_records_plain_torch(backend: str) -> None:
+    layer = fastrnn.GRU(4, 6).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, torch.randn(5, 3, 4))
+        x = torch.randn(5, 3, 4)
+        torch.testing.assert_close(traced(x)[0], layer(x)[0])
+
+
+def test_profiler_and_modes_see_the_operator(backend: str) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    layer, x = fastrnn.GRU(4, 6), torch.randn(5, 3, 4)
+    with Spy(), torch.no_grad():
+        layer(x)
+    assert "fastrnn.forward.default" in seen
