@@ -92,9 +92,9 @@ def layer(
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.get_autocast_dtype(x.device.type)
-            states = None if states is None else tuple(_cast(s, dtype) for s in states)
-            weights = [None if w is None else _cast(w, dtype) for w in weights]
-            return layer(cell, _cast(x, dtype), states, weights, reverse, batch_sizes)
+            states = None if states is None else tuple(cast(s, dtype) for s in states)
+            weights = [None if w is None else cast(w, dtype) for w in weights]
+            return layer(cell, cast(x, dtype), states, weights, reverse, batch_sizes)
     kind = CELLS[cell]
     batch = _check_input(x, batch_sizes)
     H, out = _check_weights(kind, x, weights, len(reverse))
@@ -107,7 +107,7 @@ def layer(
     return y, (h_n,) if c_n is None else (h_n, c_n)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast casts: double is left alone."""
     if tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(dtype)

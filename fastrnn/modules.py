@@ -320,6 +320,8 @@ class _Step(RNNCellBase):
         raise NotImplementedError
 
     def _run(self, input: Tensor, hx: States | None) -> States:
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+            return self._run_without_autocast(input, hx)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
         states = hx if batched or hx is None else tuple(s.unsqueeze(0) for s in hx)
@@ -330,6 +332,13 @@ class _Step(RNNCellBase):
         _, ends = functional.layer(self._cell, x.unsqueeze(0), states, weights)
         ends = tuple(s.squeeze(0) for s in ends)
         return ends if batched else tuple(s.squeeze(0) for s in ends)
+
+    def _run_without_autocast(self, input: Tensor, hx: States | None) -> States:
+        """In the dtype of the weights: a state handed on from step to step in 16 bits decays."""
+        dtype = self.weight_ih.dtype
+        with torch.autocast(input.device.type, enabled=False):
+            states = None if hx is None else tuple(functional.cast(s, dtype) for s in hx)
+            return self._run(functional.cast(input, dtype), states)
 
     def _check_rank(self, tensor: Tensor, name: str) -> None:
         if tensor.dim() not in (1, 2):

