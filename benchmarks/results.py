@@ -34,7 +34,8 @@ class Row:
     error_share: float | None = None  # the largest part of an error budget that was used
     others: float = 0.0  # cores that other processes used meanwhile
     disturbed: bool = False  # and whether that was too much
-    failures: list[str] = field(default_factory=list)  # wrong results; the case has no time then
+    failure: str | None = None  # what was wrong with fastrnn's result; the case has no time then
+    absent: dict[str, str] = field(default_factory=dict)  # opponents that could not be timed, why
 
     @property
     def ratio(self) -> float:
@@ -65,7 +66,7 @@ class Run:
     @property
     def measured(self) -> list[Row]:
         """The rows whose times count: right results on an undisturbed machine."""
-        return [row for row in self.rows if not row.failures and not row.disturbed]
+        return [row for row in self.rows if row.failure is None and not row.disturbed]
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", choices=shapes.MODES, default=shapes.MODES)
     parser.add_argument("--dtype", nargs="+", choices=shapes.DTYPES, default=list(shapes.DTYPES))
     parser.add_argument("--kind", nargs="+", choices=shapes.KINDS, default=shapes.KINDS)
-    parser.add_argument("--shape", nargs="+", metavar="T,B,I,H", help="only these of the table")
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        metavar="T,B,I,H",
+        choices=list(map(str, shapes.SHAPES)),
+        help="only these of the table",
+    )
     parser.add_argument(
         "--opponents", action="store_true", help=f"time {' and '.join(OPPONENTS)} too"
     )
@@ -77,14 +83,16 @@ def has_opponents(case: Case) -> bool:
     return case.mode == "inference" and case.dtype == "fp32" and case.kind == "plain"
 
 
-def load_opponent(opponent: Opponent, setup: Setup) -> None:
+def refusal(opponent: Opponent, setup: Setup) -> str | None:
+    """Gives the opponent the model; the reason why it cannot be timed on it, or None."""
     case = setup.case
     model = graph.model(setup.layers["torch"], case.cell, case.shape.T, case.shape.B)
-    y = torch.from_numpy(opponent.load(model, setup.x.numpy())).squeeze(1)  # [T, B, H]
     try:
+        y = torch.from_numpy(opponent.load(model, setup.x.numpy())).squeeze(1)  # [T, B, H]
         verify_opponent(y, setup)
-    except WrongResultError as wrong:
-        raise OpponentError(f"{opponent.name}: {wrong}") from None
+    except (OpponentError, WrongResultError) as failure:
+        return str(failure)
+    return None
 
 
 def spare_cores() -> float:
@@ -114,12 +122,13 @@ def measure(case: Case, effort: Effort, opponents: list[Opponent]) -> Row:
     setup = Setup(case)
     try:
         row.error_share = max(verify(setup).values())
-        for opponent in opponents:
-            load_opponent(opponent, setup)
-    except (WrongResultError, OpponentError) as failure:
-        row.failures.append(str(failure))
+    except WrongResultError as failure:
+        row.failure = str(failure)
         return row
-    timings = quietest(setup, effort, opponents)
+    reasons = {opponent.name: refusal(opponent, setup) for opponent in opponents}
+    row.absent = {name: reason for name, reason in reasons.items() if reason is not None}
+    present = [opponent for opponent in opponents if opponent.name not in row.absent]
+    timings = quietest(setup, effort, present)
     row.others = max(timing.others for timing in timings.values())
     row.disturbed = row.others > spare_cores()
     row.ms = {name: timing.best * 1e3 for name, timing in timings.items()}
@@ -128,8 +137,8 @@ def measure(case: Case, effort: Effort, opponents: list[Opponent]) -> Row:
 
 
 def line(row: Row, peak: float) -> str:
-    if row.failures:
-        return f"{row.case!s:<52}  WRONG: {'; '.join(row.failures)}"
+    if row.failure is not None:
+        return f"{row.case!s:<52}  WRONG: {row.failure}"
     times = f"{row.ms['torch']:>10.3f}{row.ms['fastrnn']:>10.3f}"
     rates = f"{row.gflops:>8.1f}{row.gflops / peak:>6.0%}{row.ratio:>7.2f}"
     others = "".join(
@@ -137,6 +146,7 @@ def line(row: Row, peak: float) -> str:
         for name, ms in row.ms.items()
         if name in OPPONENTS
     )
+    others += "".join(f"  {name} FAILED: {reason}" for name, reason in row.absent.items())
     mark = f"  DISTURBED by {row.others:.1f} cores" if row.disturbed else ""
     return f"{row.case!s:<52}{times}{rates}{others}{mark}"
 
@@ -191,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.output or default_path(run)
     run.save(path)
     print(f"\nwritten: {path}")
-    return 1 if any(row.failures for row in run.rows) else 0
+    return 1 if any(row.failure or row.absent for row in run.rows) else 0
 
 
 if __name__ == "__main__":
