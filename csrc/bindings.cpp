@@ -131,9 +131,7 @@ void prepare_pages(const Call& call, const ForwardArgs& args, int64_t workspace)
 }
 
 void prepare_pages(const Call& call, const BackwardArgs& args, int64_t workspace) {
-  const int64_t bytes = args.G * args.seq.N * round_up(args.H, kUnitPad) * call.cell.gates * element_size(call.dtype);
-  prefer_huge_pages(args.dgates_x, bytes);
-  prefer_huge_pages(args.dgates_h, bytes);
+  if (args.dx) prefer_huge_pages(args.dx, args.seq.N * args.I * element_size(call.dtype));
   prefer_huge_pages(args.workspace, workspace);
 }
 
@@ -202,32 +200,53 @@ void forward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, 
   run(call, args, bytes);
 }
 
-int64_t backward_bytes(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t H, int G, bool dh0) {
+std::vector<GroupGradients> make_gradients(const std::vector<Address>& addresses, size_t groups) {
+  require(addresses.size() == 4 * groups, "each group has four gradients: dw_ih, dw_hh, db_ih, db_hh");
+  std::vector<GroupGradients> gradients;
+  for (size_t g = 0; g < groups; ++g) {
+    const Address* const d = &addresses[4 * g];
+    gradients.push_back({pointer(d[0]), pointer(d[1]), pointer(d[2]), pointer(d[3])});
+  }
+  return gradients;
+}
+
+int64_t backward_bytes(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
+                       Address dx, Address dh0, const std::vector<Address>& dweights) {
+  const size_t G = dweights.size() / 4;
+  require(G >= 1 && G <= kMaxGroups, "there may be 1 to " + std::to_string(kMaxGroups) + " groups");
+  const std::vector<GroupGradients> gradients = make_gradients(dweights, G);
   BackwardArgs args{};
   args.seq = {T, B, N, nullptr, nullptr};
+  args.I = I;
   args.H = H;
-  args.G = G;
-  require(G >= 1 && G <= kMaxGroups, "there may be 1 to " + std::to_string(kMaxGroups) + " groups");
-  args.dh0 = dh0 ? &args : nullptr;
+  args.G = static_cast<int>(G);
+  args.dx = pointer(dx);
+  args.dh0 = pointer(dh0);
+  args.gradients = gradients.data();
   return workspace_bytes(Call(cell, dtype, threads), args);
 }
 
-void backward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t H,
-              const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address h0,
-              Address c0, Address y, Address gates, Address cells, Address dy, Address dh_n, Address dc_n,
-              Address dgates_x, Address dgates_h, Address dh0, Address dc0, Address workspace, int64_t bytes) {
+void backward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
+              const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address x,
+              int64_t x_stride_t, int64_t x_stride_b, Address h0, Address c0, Address y, Address gates, Address cells,
+              Address dy, Address dh_n, Address dc_n, Address dx, Address dh0, Address dc0,
+              const std::vector<Address>& dweights, Address workspace, int64_t bytes) {
   const Call call(cell, dtype, threads);
   const Steps steps(T, B, N, batch_sizes);
   const std::vector<Group> groups = make_groups(weights, reverse);
-  require(H > 0, "H must be positive");
-  require(y && gates && dgates_x && workspace, "y, gates, dgates_x and the workspace must be given");
+  const std::vector<GroupGradients> gradients = make_gradients(dweights, groups.size());
+  require(I > 0 && H > 0, "I and H must be positive");
+  require(x && y && gates && workspace, "x, y, gates and the workspace must be given");
   require(call.cell.states == 1 || cells, "cells must be given");
-  require(call.cell.shared_dgates == !dgates_h, "dgates_h is for cells whose two kinds of dgates differ");
   BackwardArgs args{};
   args.seq = steps.seq;
+  args.I = I;
   args.H = H;
   args.G = static_cast<int>(groups.size());
   args.groups = groups.data();
+  args.x = pointer(x);
+  args.x_stride_t = x_stride_t;
+  args.x_stride_b = x_stride_b;
   args.h0 = pointer(h0);
   args.c0 = pointer(c0);
   args.y = pointer(y);
@@ -236,10 +255,10 @@ void backward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N,
   args.dy = pointer(dy);
   args.dh_n = pointer(dh_n);
   args.dc_n = pointer(dc_n);
-  args.dgates_x = pointer(dgates_x);
-  args.dgates_h = pointer(dgates_h);
+  args.dx = pointer(dx);
   args.dh0 = pointer(dh0);
   args.dc0 = pointer(dc0);
+  args.gradients = gradients.data();
   args.workspace = pointer(workspace);
   run(call, args, bytes);
 }

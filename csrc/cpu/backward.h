@@ -1,8 +1,9 @@
 // Backpropagation through time: dh_t = dy_t + (what t + 1 passed back) + dgates_{t+1} W_hh, then the cell's derivative
-// applied to each block while it is in cache. dx, dW and db follow from dgates by large GEMMs outside.
+// applied to each block while it is in cache. dx, dW and db follow from dgates in products.h.
 #pragma once
 
 #include "forward.h"
+#include "products.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -30,7 +31,8 @@ struct BackwardLayout {
         depth(round_up(Cell::gates * Hp, kDepthPad<T>)),
         nv(plan.panel_vectors),
         panels(ceil_div(args.H, nv * kLanes<A>)),
-        arena_(base) {
+        arena_(base),
+        products(arena_, args, plan, Cell::gates, Cell::shared_dgates, thread_index) {
     for (int g = 0; g < args.G; ++g) {
       GroupBuffers& buffers = group[g];
       Panels<T>& p = buffers.hh = {nullptr, nullptr, panels, depth, nv};
@@ -57,6 +59,9 @@ struct BackwardLayout {
 
  private:
   Arena arena_;
+
+ public:
+  ProductsLayout<T> products;
 };
 
 template <class Cell, class T>
@@ -84,8 +89,8 @@ class BackwardScan {
         dc_n_(group_matrix<T>(args.dc_n, g, seq_.B, args.H)),
         dh0_(group_matrix<T>(args.dh0, g, seq_.B, args.H)),
         dc0_(group_matrix<T>(args.dc0, g, seq_.B, args.H)),
-        dgates_x_(group_matrix<T>(args.dgates_x, g, seq_.N, Cell::gates * layout.Hp)),
-        dgates_h_(group_matrix<T>(args.dgates_h, g, seq_.N, Cell::gates * layout.Hp)),
+        dgates_x_(layout.products.group[g].dgates_x),
+        dgates_h_(layout.products.group[g].dgates_h),
         y_(static_cast<const T*>(args.y) + g * args.H),
         dy_(args.dy ? static_cast<const T*>(args.dy) + g * args.H : nullptr),
         y_ld_(args.G * args.H) {
@@ -152,7 +157,7 @@ class BackwardScan {
         const int64_t j0 = blocks.begin(i);
         const int n = blocks.size(i);
         const T* const a = dgates + share_.row(j0) * layout_.depth;
-        blocks.kernel(layout_.nv, n)(a, ld, w.panel(p), w.depth, w.panel_bias(p), tile_.c, w.ahead(p + sweep.stride, i));
+        blocks.kernel(layout_.nv, n)(a, ld, w.panel(p), w.depth, w.panel_bias(p), 0, tile_.c, w.ahead(p + sweep.stride, i));
         body(j0, n, p);
       }
     }
@@ -178,13 +183,12 @@ class BackwardScan {
 
   typename Layout::Row find_row(int64_t b, int64_t s, int64_t t) const {
     const int64_t row = seq_.offset(t) + b, before = group_.time_before(t);
-    const int64_t gates = Cell::gates * layout_.Hp;
     typename Layout::Row r{};
     r.gates = strided_row(gates_ + seq_.offset(t) * Cell::saved * layout_.Hp, seq_.active(t), b, Cell::saved);
     r.dy = dy_ ? dy_ + row * y_ld_ : nullptr;
     r.dgates = buffers_.dgates[s & 1] + b * layout_.depth;
-    r.dgates_x = dgates_x_ + row * gates;
-    r.dgates_h = dgates_h_ ? dgates_h_ + row * gates : nullptr;
+    r.dgates_x = dgates_x_ + row * layout_.depth;
+    r.dgates_h = dgates_h_ + row * layout_.depth;
     for (int k = 0; k < Cell::states; ++k) r.dstates[k] = strided_row(buffers_.dstates[k], seq_.B, b, 1);
     const int64_t rows_before = seq_.active_or_none(before);
     const bool initial = b >= rows_before;
@@ -200,14 +204,15 @@ class BackwardScan {
   void apply_cell(const typename Layout::Row* rows, int n, int64_t p, int stride) const {
     for (int v = 0; v < layout_.nv; ++v) {
       const int64_t u = (p * layout_.nv + v) * lanes;
-      if (u >= layout_.Hp) return;
+      if (u >= layout_.Hp) break;
       for (int r = 0; r < n; ++r) {
         u < args_.H ? apply_cell(rows[r], tile_.at(r * stride, layout_.nv, v), u) : clear_vector(rows[r], u);
       }
     }
     if (p + 1 < layout_.panels) return;
-    for (int64_t u = layout_.panels * layout_.nv * lanes; u < layout_.Hp; u += lanes) {
-      for (int r = 0; r < n; ++r) clear_vector(rows[r], u);
+    for (int r = 0; r < n; ++r) {
+      for (int64_t u = layout_.panels * layout_.nv * lanes; u < layout_.Hp; u += lanes) clear_vector(rows[r], u);
+      for (int64_t k = Cell::gates * layout_.Hp; k < layout_.depth; ++k) rows[r].dgates_x[k] = rows[r].dgates_h[k] = T{};
     }
   }
 
@@ -232,7 +237,7 @@ class BackwardScan {
   void clear_vector(const typename Layout::Row& row, int64_t u) const {
     for (int k = 0; k < Cell::gates; ++k) {
       store(row.dgates_x + k * layout_.Hp + u, V{});
-      if (row.dgates_h) store(row.dgates_h + k * layout_.Hp + u, V{});
+      if (!Cell::shared_dgates) store(row.dgates_h + k * layout_.Hp + u, V{});
     }
   }
 
@@ -278,15 +283,19 @@ template <class Cell, class T>
 void backward(const BackwardArgs& args, const Plan& plan, const Team& team, int thread) {
   const TileScope tiles;
   const BackwardLayout<Cell, T> layout(args, plan, args.workspace, thread);
+  Products<T> products(args, layout.products, team, Cell::gates, Cell::shared_dgates);
+  if (thread == 0) products.prepare();
   const Range mine = split(plan.pack ? layout.panels : 0, plan.threads, thread);
   for (int g = 0; g < args.G; ++g) {
     const T* const w = static_cast<const T*>(args.groups[g].w_hh);
-    for (int64_t p = mine.begin; p < mine.end; ++p) pack_columns(layout.group[g].hh, p, w, Cell::gates, args.H);
+    for (int64_t p = mine.begin; p < mine.end; ++p) pack_columns(layout.group[g].hh, p, w, Cell::gates, args.H, args.H);
   }
   team.everyone->wait(plan.threads);
+  products.pack(thread, plan.threads);
   const Share share = Share::of(plan, team, args.G, thread);
-  if (share.idle) return;
   for (int g = share.group_begin; g < share.group_end; ++g) BackwardScan<Cell, T>(args, layout, share, g).run();
+  team.everyone->wait(plan.threads);
+  products.run();
 }
 
 template <class Cell, class T>

@@ -344,7 +344,6 @@ void forward(const ForwardArgs& args, const Plan& plan, const Team& team, int th
   }
   team.everyone->wait(plan.threads);
   const Share share = Share::of(plan, team, args.G, thread);
-  if (share.idle) return;
   for (int g = share.group_begin; g < share.group_end; ++g) {
     ForwardScan<Cell, T>(args, plan, layout, share, g).run();
   }

@@ -5,6 +5,7 @@
 // kDepthPad<T> with zeros. The inner loop keeps MR x NV accumulators in registers: 24 of AVX-512's 32, 12 of 16.
 #pragma once
 
+#include "problem.h"
 #include "vec.h"
 
 namespace fastrnn {
@@ -89,16 +90,18 @@ inline constexpr int kPair = 1;
 template <>
 inline constexpr int kPair<bf16> = 2;
 
+// C begins with the rows at `init`: the bias, repeated by init_stride 0, or the C of an earlier part of K.
 // `ahead` is weights soon wanted: one cache line of it is fetched into L2 for every k, so that panels that come from
 // beyond L2 arrive while earlier ones are multiplied.
 template <class T, int MR, int NV>
-void block(const T* a, int64_t lda, const T* panel, int64_t K, const Acc<T>* bias, Acc<T>* c, const void* ahead) {
+void block(const T* a, int64_t lda, const T* panel, int64_t K, const Acc<T>* init, int64_t init_stride, Acc<T>* c,
+           const void* ahead) {
   using A = Acc<T>;
   AccVec<T> acc[MR * NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[r * NV + v] = load(bias + v * kLanes<A>);
+    for (int v = 0; v < NV; ++v) acc[r * NV + v] = load(init + r * init_stride + v * kLanes<A>);
   }
   const char* line = static_cast<const char*>(ahead);
   for (int64_t k = 0; k < K; k += kPair<T>) {
@@ -112,7 +115,7 @@ void block(const T* a, int64_t lda, const T* panel, int64_t K, const Acc<T>* bia
 }
 
 template <class T>
-using Block = void (*)(const T*, int64_t, const T*, int64_t, const Acc<T>*, Acc<T>*, const void*);
+using Block = void (*)(const T*, int64_t, const T*, int64_t, const Acc<T>*, int64_t, Acc<T>*, const void*);
 
 template <class T, int NV, int MR>
 Block<T> find_block(int rows) {
@@ -141,18 +144,19 @@ struct TileConfig {
 };
 
 // Blocks of up to 32 rows. Two tiles of A meet two of B at a time, so that each B tile, the one that comes from L2, is
-// loaded once: tiles 0-3 accumulate, 4-5 hold A, 6-7 B. Reading the bias with stride 0 repeats it for all rows.
+// loaded once: tiles 0-3 accumulate, 4-5 hold A, 6-7 B.
 template <int NV, bool Two>
-void tile_block(const bf16* a, int64_t lda, const bf16* panel, int64_t K, const float* bias, float* c,
-                const void* ahead) {
+void tile_block(const bf16* a, int64_t lda, const bf16* panel, int64_t K, const float* init, int64_t init_stride,
+                float* c, const void* ahead) {
   constexpr int ld = NV * 64;
   const char* line = static_cast<const char*>(ahead);
   for (int v = 0; v < NV; v += 2) {
     const bool pair = v + 1 < NV;
-    _tile_loadd(0, bias + v * 16, 0);
-    if (pair) _tile_loadd(1, bias + v * 16 + 16, 0);
-    if constexpr (Two) _tile_loadd(2, bias + v * 16, 0);
-    if (Two && pair) _tile_loadd(3, bias + v * 16 + 16, 0);
+    const float* const low = init + 16 * init_stride;
+    _tile_loadd(0, init + v * 16, init_stride * 4);
+    if (pair) _tile_loadd(1, init + v * 16 + 16, init_stride * 4);
+    if constexpr (Two) _tile_loadd(2, low + v * 16, init_stride * 4);
+    if (Two && pair) _tile_loadd(3, low + v * 16 + 16, init_stride * 4);
     const char* b = reinterpret_cast<const char*>(panel) + v * 64;
     for (int64_t k = 0; k < K; k += 32) {
       for (int i = 0; i < 16; ++i) __builtin_prefetch(line + i * kLineBytes, 0, 2);
@@ -207,16 +211,17 @@ class TileScope {
   TileScope& operator=(const TileScope&) = delete;
 };
 
-// A run of rows cut into blocks of nearly equal height, so that none is left a thin, slow one.
+// A run of rows cut into blocks: of nearly equal height, so that none is left a thin, slow one, or, for tiles, of 32 and
+// a rest.
 template <class T>
 class RowBlocks {
  public:
-  RowBlocks(int64_t rows, int nv) : rows_(rows) {
-    const int most = kTiles && kPair<T> == 2 ? 32 : max_rows(nv);
-    count_ = ceil_div(rows, most);
-  }
+  RowBlocks(int64_t rows, int nv) : rows_(rows), count_(ceil_div(rows, tiles ? 32 : max_rows(nv))) {}
   int64_t count() const { return count_; }
-  int64_t begin(int64_t i) const { return rows_ * i / count_; }
+  int64_t begin(int64_t i) const {
+    if (tiles) return i * 32 < rows_ ? i * 32 : rows_;
+    return rows_ * i / count_;
+  }
   int size(int64_t i) const { return static_cast<int>(begin(i + 1) - begin(i)); }
 
   static Block<T> kernel(int nv, int rows) {
@@ -227,6 +232,7 @@ class RowBlocks {
   }
 
  private:
+  static constexpr bool tiles = kTiles && kPair<T> == 2;
   int64_t rows_, count_;
 };
 

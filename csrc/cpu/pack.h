@@ -124,18 +124,18 @@ void pack_rows(const Panels<T>& out, int64_t p, const T* w, const T* bias, int g
   }
 }
 
-// Panel p of the transpose of w [gates * H, H]: outputs are columns, depth is [gates][Hp].
+// Panel p of the transpose of w [gates * H, columns]: outputs are columns, depth is [gates][Hp].
 template <class T>
-void pack_columns(const Panels<T>& out, int64_t p, const T* w, int gates, int64_t H) {
+void pack_columns(const Panels<T>& out, int64_t p, const T* w, int gates, int64_t H, int64_t columns) {
   constexpr int lanes = kLanes<Acc<T>>;
   const int64_t Hp = round_up(H, kUnitPad);
   for (int i = 0; i < out.width(); ++i) out.bias[p * out.width() + i] = 0;
   for (int64_t k = 0; k < out.depth; ++k) {
     const int64_t gate = k / Hp, unit = k % Hp;
-    const T* const row = gate < gates && unit < H ? w + (gate * H + unit) * H : nullptr;
+    const T* const row = gate < gates && unit < H ? w + (gate * H + unit) * columns : nullptr;
     for (int v = 0; v < out.nv; ++v) {
       const int64_t column0 = (p * out.nv + v) * lanes;
-      const int64_t left = row ? H - column0 : 0;
+      const int64_t left = row ? columns - column0 : 0;
       const int n = static_cast<int>(left < 0 ? 0 : left < lanes ? left : lanes);
       T* const to = &out.at(p, k, v, 0);
       if (kPair<T> == 1 && n == lanes) {
@@ -176,7 +176,7 @@ struct Weights {
   }
 
   void multiply(Tile<T>& out, Block<T> kernel, int rows, const T* a, int64_t lda, int64_t p, const void* ahead) const {
-    if (packed) return kernel(a, lda, panels.panel(p), panels.depth, panels.panel_bias(p), out.c, ahead);
+    if (packed) return kernel(a, lda, panels.panel(p), panels.depth, panels.panel_bias(p), 0, out.c, ahead);
     for (int r = 0; r < rows; ++r) multiply_unpacked(out.c + r * panels.width(), a + r * lda, p);
   }
 

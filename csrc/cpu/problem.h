@@ -64,19 +64,37 @@ struct ForwardArgs {
   void* workspace;
 };
 
+struct GroupGradients {
+  void *dw_ih, *dw_hh, *db_ih, *db_hh;  // as the weights, or null: not wanted
+};
+
 struct BackwardArgs {
   Sequence seq;
-  int64_t H;
+  int64_t I, H;
   int G;
   const Group* groups;
+  const void* x;                    // as in ForwardArgs
+  int64_t x_stride_t, x_stride_b;
   const void *h0, *c0;
-  const void* y;                  // [N, G H]
-  const void *gates, *cells;      // as saved by forward
-  const void* dy;                 // [N, G H] or null (zeros)
-  const void *dh_n, *dc_n;        // [G, B, H] or null (zeros)
-  void *dgates_x, *dgates_h;      // [G, N, gates Hp]; dgates_h null where both are one
-  void *dh0, *dc0;                // [G, B, H] or null: not wanted
+  const void* y;                    // [N, G H]
+  const void *gates, *cells;        // as saved by forward
+  const void* dy;                   // [N, G H] or null (zeros)
+  const void *dh_n, *dc_n;          // [G, B, H] or null (zeros)
+  void* dx;                         // [N, I] or null: not wanted
+  void *dh0, *dc0;                  // [G, B, H] or null
+  const GroupGradients* gradients;  // [G]
   void* workspace;
+
+  bool wants_dw_ih() const { return wants(&GroupGradients::dw_ih); }
+  bool wants_dw_hh() const { return wants(&GroupGradients::dw_hh); }
+
+ private:
+  bool wants(void* GroupGradients::*gradient) const {
+    for (int g = 0; g < G; ++g) {
+      if (gradients[g].*gradient) return true;
+    }
+    return false;
+  }
 };
 
 }  // namespace fastrnn

@@ -40,10 +40,14 @@ class alignas(64) Barrier {
   std::atomic<uint64_t> arrivals_{0};
 };
 
-// Barriers of one call: [0] for everyone, then one for each set of threads that shares rows and splits units.
+// What the threads of one call share: a barrier for everyone, one for each set of threads that shares rows and splits
+// units, and a counter of tasks taken.
 struct Team {
   Barrier* everyone;
   Barrier* units;
+  std::atomic<int64_t>* tasks;
+
+  int64_t next_task() const { return tasks->fetch_add(1, std::memory_order_relaxed); }
 };
 
 struct Range {
@@ -62,20 +66,18 @@ struct Sweep {
         stride(step & 1 ? -1 : 1) {}
 };
 
-// One thread's part of a plan. Rows are dealt out in turn (row_part, row_part + row_parts, ...), which stays balanced
+// One thread's part of a plan, no groups for a thread too many. Rows are dealt out in turn (row_part, row_part + row_parts, ...), which stays balanced
 // when rows sorted by length fall silent.
 struct Share {
   int group_begin, group_end;
   int row_part, row_parts, unit_part, unit_parts;
   Barrier* units;
-  bool idle;
 
   static Share of(const Plan& plan, const Team& team, int G, int thread) {
     Share s{};
     const int per_group = plan.row_parts * plan.unit_parts;
     const int group_part = thread / per_group;
-    s.idle = group_part >= plan.group_parts;
-    if (s.idle) return s;
+    if (group_part >= plan.group_parts) return s;
     const Range groups = split(G, plan.group_parts, group_part);
     s.group_begin = static_cast<int>(groups.begin);
     s.group_end = static_cast<int>(groups.end);

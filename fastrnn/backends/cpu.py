@@ -1,8 +1,7 @@
 """The fused C++ kernels on CPU tensors: packed weight panels, the cell in the GEMM's epilogue.
 
 Here tensors become addresses. Everything the kernels write, workspaces included, is allocated
-here by torch. The gradients that are plain matrix products over all timesteps (dx, dW, db) are
-left to torch's GEMM.
+here by torch.
 """
 
 from __future__ import annotations
@@ -143,30 +142,33 @@ class _Cpu:
         saved: list[Tensor],
         needs: Sequence[bool],
     ) -> list[Tensor]:
-        cell, T, B, H, G = problem.cell, problem.T, problem.B, problem.H, problem.G
+        cell, T, B, I, H, G = problem.cell, problem.T, problem.B, problem.I, problem.H, problem.G
         N = T * B if batch_sizes is None else x.shape[0]
         code, dtype, threads = _CELLS[cell.name][0], _DTYPES[problem.dtype], torch.get_num_threads()
-        shape = (G, N, cell.gates * _padded(H))
-        dgates_x = x.new_empty(shape)
-        dgates_h = dgates_x if cell.shared_dgates else x.new_empty(shape)
-        dh0 = x.new_empty((G, B, H)) if needs[1] else None
-        dc0 = x.new_empty((G, B, H)) if needs[2] else None
-        contiguous = [_contiguous(w) for w in weights]
+        if x.stride(-1) != 1 and I > 1:
+            x = x.contiguous()
+        weights = [_contiguous(w) for w in weights]
         dy, dh_n, dc_n = _contiguous(dy), _contiguous(dh_n), _contiguous(dc_n)
         h0, c0, y = _contiguous(h0), _contiguous(c0), y.contiguous()
-        size = _C.backward_bytes(code, dtype, threads, T, B, N, H, G, needs[1])
+        dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
+        dh0 = x.new_empty((G, B, H)) if needs[1] else None
+        dc0 = x.new_empty((G, B, H)) if needs[2] else None
+        dweights = [
+            torch.empty_like(w) if needed and w is not None else None
+            for w, needed in zip(weights, needs[3:], strict=True)
+        ]
+        sizes = (code, dtype, threads, T, B, N, I, H)
+        outputs = [_address(d) for d in dweights]
+        size = _C.backward_bytes(*sizes, _address(dx), _address(dh0), outputs)
         workspace = torch.empty(size, dtype=torch.uint8)
         _C.backward(
-            code,
-            dtype,
-            threads,
-            T,
-            B,
-            N,
-            H,
+            *sizes,
             reverse,
-            [_address(w) for w in contiguous],
+            [_address(w) for w in weights],
             _address(batch_sizes),
+            x.data_ptr(),
+            x.stride(0) if batch_sizes is None else 0,
+            x.stride(-2),
             _address(h0),
             _address(c0),
             y.data_ptr(),
@@ -175,104 +177,15 @@ class _Cpu:
             _address(dy),
             _address(dh_n),
             _address(dc_n),
-            dgates_x.data_ptr(),
-            0 if cell.shared_dgates else dgates_h.data_ptr(),
+            _address(dx),
             _address(dh0),
             _address(dc0),
+            outputs,
             workspace.data_ptr(),
             size,
         )
-        products = _Products(problem, x, batch_sizes, h0, y, reverse, dgates_x, dgates_h)
-        grads = [products.dx(weights) if needs[0] else None, dh0, dc0]
-        for g in range(G):
-            grads += products.dweights(g, weights[4 * g : 4 * g + 4], needs[3 + 4 * g : 7 + 4 * g])
-        return [grad for grad, needed in zip(grads, needs, strict=True) if needed and grad is not None]
-
-
-class _Products:
-    """The gradients that are matrix products of dgates `[G, N, gates * Hp]` over all timesteps."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        x: Tensor,
-        batch_sizes: Tensor | None,
-        h0: Tensor | None,
-        y: Tensor,
-        reverse: Sequence[bool],
-        dgates_x: Tensor,
-        dgates_h: Tensor,
-    ) -> None:
-        self.problem = problem
-        self.shape = x.shape
-        self.x = x.reshape(-1, x.shape[-1])  # [N, I]
-        self.batch_sizes = batch_sizes
-        self.h0 = h0
-        self.y = y.view(-1, problem.G, problem.H)  # [N, G, H]
-        self.reverse = reverse
-        self.dgates_x, self.dgates_h = dgates_x, dgates_h
-
-    def dx(self, weights: Weights) -> Tensor:
-        total = self._dx_of_group(0, weights)
-        for g in range(1, self.problem.G):
-            total.addmm_(self.dgates_x[g], self._pad_gates(weights[4 * g]))
-        return total.view(self.shape)
-
-    def _dx_of_group(self, g: int, weights: Weights) -> Tensor:
-        return self.dgates_x[g] @ self._pad_gates(weights[4 * g])
-
-    def dweights(self, g: int, weights: Weights, needs: Sequence[bool]) -> list[Tensor | None]:
-        dx, dh = self.dgates_x[g], self.dgates_h[g]
-        dw_ih = self._unpad_gates(dx.t() @ self.x) if needs[0] else None
-        dw_hh = self._unpad_gates(self._dw_hh(g)) if needs[1] else None
-        db_ih = self._unpad_gates(dx.sum(0)) if needs[2] else None
-        if not needs[3]:
-            return [dw_ih, dw_hh, db_ih, None]
-        shared = db_ih is not None and dx is dh
-        db_hh = db_ih.clone() if shared else self._unpad_gates(dh.sum(0))
-        return [dw_ih, dw_hh, db_ih, db_hh]
-
-    def _pad_gates(self, w: Tensor) -> Tensor:
-        """[gates * H, K] -> [gates * Hp, K], the padding zero."""
-        H, Hp = self.problem.H, _padded(self.problem.H)
-        if H == Hp:
-            return w
-        rows = w.view(self.problem.cell.gates, H, -1)
-        return torch.nn.functional.pad(rows, (0, 0, 0, Hp - H)).flatten(0, 1)
-
-    def _unpad_gates(self, grad: Tensor) -> Tensor:
-        H, Hp = self.problem.H, _padded(self.problem.H)
-        if H == Hp:
-            return grad
-        return grad.unflatten(0, (self.problem.cell.gates, Hp))[:, :H].flatten(0, 1)
-
-    def _dw_hh(self, g: int) -> Tensor:
-        """Sum over all rows of dgates^T h_before, where h_before is y one step earlier, or h0."""
-        if self.batch_sizes is not None:
-            return self.dgates_h[g].t() @ self._h_before_packed(g)
-        B = self.problem.B
-        N = self.y.shape[0]
-        later, earlier, first = slice(B, N), slice(0, N - B), slice(0, B)
-        if self.reverse[g]:
-            later, earlier, first = slice(0, N - B), slice(B, N), slice(N - B, N)
-        dgates = self.dgates_h[g]
-        total = dgates[later].t() @ self.y[earlier, g]
-        if self.h0 is not None:
-            total.addmm_(dgates[first].t(), self.h0[g])
-        return total
-
-    def _h_before_packed(self, g: int) -> Tensor:
-        """[N, H] for rows sorted by length, step by step."""
-        assert self.batch_sizes is not None
-        sizes = self.batch_sizes.tolist()
-        start = self.y.new_zeros(self.problem.B, self.problem.H) if self.h0 is None else self.h0[g]
-        steps = self.y[:, g].split(sizes)
-        if self.reverse[g]:
-            after = [*steps[1:], steps[0][:0]]
-            rows = [torch.cat((s, start[len(s) : n])) for s, n in zip(after, sizes, strict=True)]
-        else:
-            rows = [start, *(s[:n] for s, n in zip(steps, sizes[1:], strict=False))]
-        return torch.cat(rows)
+        grads = [dx, dh0, dc0, *dweights]
+        return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
 
 
 CPU = _Cpu()

@@ -1,0 +1,320 @@
+// The gradients that are matrix products over all timesteps, from dgates [N, gates Hp]:
+//   dx = dgates_x W_ih,  dW_ih = dgates_x^T x,  dW_hh = dgates_h^T h_before,  db = column sums.
+// Threads take tasks from a counter, so that one that lost its core delays the others by no more than a task; what a
+// task computes does not depend on who takes it.
+#pragma once
+
+#include "arena.h"
+#include "pack.h"
+#include "team.h"
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+// Rows n of dgates that one part of dW's inner dimension spans.
+inline constexpr int64_t kSpan = 256;
+// Depth of dx's inner dimension at a time, so that a panel's part stays in L1 or L2 while rows pass by it.
+inline constexpr int64_t kDepthBlock = 256;
+// Rows of a task: a multiple of each kernel's height.
+inline constexpr int64_t kTaskRows = kTiles ? 64 : 48;
+
+// Rows of the user's tensors as the right-hand side of dW: spans of kSpan rows, each cut into panels [rows][nv][lanes].
+template <class T>
+struct RowPanels {
+  T* data;
+  int64_t columns, panels, N;
+  int nv;
+
+  static RowPanels make(int64_t columns, int64_t N) {
+    const int64_t vectors = ceil_div(columns, kLanes<Acc<T>>);
+    const int nv = static_cast<int>(vectors < kMaxVectors ? vectors : kMaxVectors);
+    return {nullptr, columns, ceil_div(vectors, nv), N, nv};
+  }
+  int64_t width() const { return nv * kLanes<Acc<T>>; }
+  int64_t spans() const { return ceil_div(N, kSpan); }
+  int64_t real_rows(int64_t span) const { return N - span * kSpan < kSpan ? N - span * kSpan : kSpan; }
+  int64_t rows(int64_t span) const { return round_up(real_rows(span), kDepthPad<T>); }
+  int64_t size() const { return round_up(N, kDepthPad<T>) * panels * width(); }
+  T* panel(int64_t span, int64_t p) const { return data + (span * kSpan * panels + p * rows(span)) * width(); }
+};
+
+// One step of depth, of `lanes` columns: a row, or for bf16 two rows zipped. Rows that do not exist are zero.
+template <class T>
+FASTRNN_INLINE Vec<Lane<T>> depth_row(const T* first, const T* second) {
+  if constexpr (kPair<T> == 1) {
+    static_cast<void>(second);
+    return first ? load_as<Vec<Lane<T>>>(first) : Vec<Lane<T>>{};
+  } else {
+    using Wide = Vec<uint32_t>;
+    const Wide low = first ? __builtin_convertvector(load_as<HalfVec>(first), Wide) : Wide{};
+    const Wide high = second ? __builtin_convertvector(load_as<HalfVec>(second), Wide) : Wide{};
+    return low | high << 16;
+  }
+}
+
+template <class T>
+void pack_span(const RowPanels<T>& out, const T* const* rows, int64_t span, int64_t p) {
+  constexpr int lanes = kLanes<Acc<T>>;
+  const int64_t real = out.real_rows(span);
+  T* to = out.panel(span, p);
+  for (int64_t n = 0; n < out.rows(span); n += kPair<T>) {
+    const T* const first = n < real ? rows[span * kSpan + n] : nullptr;
+    const T* const second = n + 1 < real ? rows[span * kSpan + n + 1] : nullptr;
+    for (int v = 0; v < out.nv; ++v, to += lanes * kPair<T>) {
+      const int64_t column = (p * out.nv + v) * lanes, left = out.columns - column;
+      if (left >= lanes) {
+        const Vec<Lane<T>> row = depth_row(first ? first + column : nullptr, second ? second + column : nullptr);
+        std::memcpy(to, &row, sizeof row);
+        continue;
+      }
+      T tail[2][lanes] = {};
+      const size_t bytes = static_cast<size_t>(left > 0 ? left : 0) * sizeof(T);
+      if (first && bytes) std::memcpy(tail[0], first + column, bytes);
+      if (second && bytes) std::memcpy(tail[1], second + column, bytes);
+      const Vec<Lane<T>> row = depth_row<T>(tail[0], tail[1]);
+      std::memcpy(to, &row, sizeof row);
+    }
+  }
+}
+
+// dgates columns [m0, m0 + rows) of one span, transposed to rows [m][n], and their sums added to `sums`.
+template <class T>
+void pack_transposed(T* out, int64_t ld, Acc<T>* sums, const T* dgates, int64_t dgates_ld, int64_t real, int64_t rows) {
+  using L = Lane<T>;
+  constexpr int lanes = kLanes<L>;
+  for (int64_t m = 0; m < rows; m += lanes) {
+    AccVec<T> sum = load(sums + m);
+    for (int64_t n = 0; n < ld; n += lanes * kPair<T>) {
+      Vec<L> block[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        const int64_t row = n + i * kPair<T>;
+        const T* const first = row < real ? dgates + row * dgates_ld + m : nullptr;
+        const T* const second = kPair<T> == 2 && row + 1 < real ? first + dgates_ld : nullptr;
+        block[i] = depth_row(first, second);
+        if (first) sum += load(first);
+        if (second) sum += load(second);
+      }
+      transpose<L, lanes / 2>(block);
+      const int64_t left = (ld - n) * static_cast<int64_t>(sizeof(T));
+      const size_t bytes = static_cast<size_t>(left < kVectorBytes ? left : kVectorBytes);
+      for (int i = 0; i < lanes; ++i) std::memcpy(out + (m + i) * ld + n, &block[i], bytes);
+    }
+    store(sums + m, sum);
+  }
+}
+
+template <class T>
+struct ProductsLayout {
+  using A = Acc<T>;
+  struct GroupBuffers {
+    Panels<T> w_ih;                // by columns, for dx
+    T *dgates_x, *dgates_h;        // [N, depth], the same where the cell's two kinds are
+    RowPanels<T> h;
+    const T** h_rows;              // [N]
+  };
+
+  ProductsLayout(Arena& arena, const BackwardArgs& args, const Plan& plan, int gates, bool shared, int thread_index)
+      : depth(round_up(gates * round_up(args.H, kUnitPad), kDepthPad<T>)), x(RowPanels<T>::make(args.I, args.seq.N)) {
+    const int64_t N = args.seq.N;
+    const int64_t dgates_size = (N + kRowPad<T>)*depth;
+    x.data = args.wants_dw_ih() ? arena.take<T>(x.size()) : nullptr;
+    x_rows = args.wants_dw_ih() ? arena.take<const T*>(N) : nullptr;
+    for (int g = 0; g < args.G; ++g) {
+      GroupBuffers& buffers = group[g];
+      buffers.dgates_x = arena.take<T>(dgates_size);
+      buffers.dgates_h = shared ? buffers.dgates_x : arena.take<T>(dgates_size);
+      buffers.h = RowPanels<T>::make(args.H, N);
+      buffers.w_ih = {nullptr, nullptr, x.panels, depth, x.nv};
+      if (args.dx) {
+        buffers.w_ih.data = arena.take<T>(x.panels * buffers.w_ih.stride());
+        buffers.w_ih.bias = arena.take<A>(x.panels * x.width());
+      }
+      buffers.h.data = args.wants_dw_hh() ? arena.take<T>(buffers.h.size()) : nullptr;
+      buffers.h_rows = args.wants_dw_hh() ? arena.take<const T*>(N) : nullptr;
+    }
+    const int64_t columns = x.panels * x.width() + group[0].h.panels * group[0].h.width();
+    for (int i = 0; i < plan.threads; ++i) {
+      T* const a = arena.take<T>(kTaskRows * kSpan);
+      A* const s = arena.take<A>(kTaskRows);
+      A* const c = arena.take<A>(kTaskRows * columns);
+      if (i == thread_index) lhs = a, sums = s, stage = c;
+    }
+  }
+
+  int64_t depth;
+  RowPanels<T> x;
+  const T** x_rows;
+  GroupBuffers group[kMaxGroups];
+  T* lhs = nullptr;     // [kTaskRows, kSpan] of this thread: dgates transposed
+  A* sums = nullptr;    // [kTaskRows]
+  A* stage = nullptr;   // [panels][kTaskRows][width]: the C of a task
+};
+
+template <class T>
+class Products {
+  using A = Acc<T>;
+  using Layout = ProductsLayout<T>;
+  static constexpr int lanes = kLanes<A>;
+
+ public:
+  Products(const BackwardArgs& args, const Layout& layout, const Team& team, int gates, bool shared)
+      : args_(args), seq_(args.seq), layout_(layout), team_(team), gates_(gates), shared_(shared),
+        Hp_(round_up(args.H, kUnitPad)) {}
+
+  // Everything that does not depend on dgates: the right-hand sides.
+  void prepare() {
+    if (layout_.x_rows) find_x_rows();
+    for (int g = 0; g < args_.G; ++g) {
+      if (layout_.group[g].h_rows) find_h_rows(g);
+    }
+  }
+
+  void pack(int thread, int threads) {
+    const Layout& l = layout_;
+    for (int g = 0; g < args_.G; ++g) {
+      if (args_.dx) {
+        const T* const w = static_cast<const T*>(args_.groups[g].w_ih);
+        const Range mine = split(l.x.panels, threads, thread);
+        for (int64_t p = mine.begin; p < mine.end; ++p) pack_columns(l.group[g].w_ih, p, w, gates_, args_.H, args_.I);
+      }
+      if (l.group[g].h_rows) pack_rows_of(l.group[g].h, l.group[g].h_rows, thread, threads);
+    }
+    if (l.x_rows) pack_rows_of(l.x, l.x_rows, thread, threads);
+  }
+
+  void run() {
+    const int64_t dx_tasks = args_.dx ? ceil_div(seq_.N, kTaskRows) : 0;
+    const int64_t M = gates_ * Hp_, blocks = ceil_div(M, kTaskRows), kinds = shared_ ? 1 : 2;
+    const int64_t tasks = dx_tasks + args_.G * kinds * blocks;
+    for (int64_t i = team_.next_task(); i < tasks; i = team_.next_task()) {
+      if (i < dx_tasks) {
+        input_gradient(i * kTaskRows);
+        continue;
+      }
+      const int64_t j = i - dx_tasks;
+      weight_gradient(static_cast<int>(j / blocks / kinds), j / blocks % kinds == 1, j % blocks * kTaskRows);
+    }
+  }
+
+ private:
+  void find_x_rows() {
+    const T* const x = static_cast<const T*>(args_.x);
+    for (int64_t t = 0; t < seq_.T; ++t) {
+      for (int64_t b = 0; b < seq_.active(t); ++b) {
+        const int64_t n = seq_.offset(t) + b;
+        layout_.x_rows[n] = x + (seq_.offsets ? n * args_.x_stride_b : t * args_.x_stride_t + b * args_.x_stride_b);
+      }
+    }
+  }
+
+  // The state before each row's step: an earlier row of y, the initial state, or nothing, which stands for zeros.
+  void find_h_rows(int g) {
+    const T* const y = static_cast<const T*>(args_.y) + g * args_.H;
+    const T* const h0 = args_.h0 ? static_cast<const T*>(args_.h0) + g * seq_.B * args_.H : nullptr;
+    for (int64_t t = 0; t < seq_.T; ++t) {
+      const int64_t before = args_.groups[g].time_before(t), rows_before = seq_.active_or_none(before);
+      for (int64_t b = 0; b < seq_.active(t); ++b) {
+        const T* const initial = h0 ? h0 + b * args_.H : nullptr;
+        layout_.group[g].h_rows[seq_.offset(t) + b] =
+            b < rows_before ? y + (seq_.offset(before) + b) * args_.G * args_.H : initial;
+      }
+    }
+  }
+
+  void pack_rows_of(const RowPanels<T>& out, const T* const* rows, int thread, int threads) {
+    const Range mine = split(out.spans() * out.panels, threads, thread);
+    for (int64_t i = mine.begin; i < mine.end; ++i) pack_span(out, rows, i / out.panels, i % out.panels);
+  }
+
+  // C [rows, width] (+)= A [rows, K] . panel
+  void multiply(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t K, int nv, bool first, A* c) const {
+    static constexpr A zeros[kMaxVectors * lanes] = {};
+    const int64_t width = nv * lanes;
+    const RowBlocks<T> blocks(rows, nv);
+    for (int64_t i = 0; i < blocks.count(); ++i) {
+      A* const out = c + blocks.begin(i) * width;
+      blocks.kernel(nv, blocks.size(i))(a + blocks.begin(i) * lda, lda, panel, K, first ? zeros : out, first ? 0 : width,
+                                        out, zeros);
+    }
+  }
+
+  void input_gradient(int64_t n0) {
+    const RowPanels<T>& x = layout_.x;
+    const int64_t rows = seq_.N - n0 < kTaskRows ? seq_.N - n0 : kTaskRows;
+    T* const dx = static_cast<T*>(args_.dx);
+    for (int64_t p = 0; p < x.panels; ++p) {
+      bool first = true;
+      for (int g = 0; g < args_.G; ++g) {
+        const T* const panel = layout_.group[g].w_ih.panel(p);
+        for (int64_t k = 0; k < layout_.depth; k += kDepthBlock, first = false) {
+          const int64_t K = layout_.depth - k < kDepthBlock ? layout_.depth - k : kDepthBlock;
+          multiply(layout_.group[g].dgates_x + n0 * layout_.depth + k, layout_.depth, rows, panel + k * x.width(), K, x.nv,
+                   first, layout_.stage);
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r) store_panel(dx + (n0 + r) * args_.I, args_.I, layout_.stage + r * x.width(), p, x.nv);
+    }
+  }
+
+  static void store_panel(T* row, int64_t columns, const A* c, int64_t p, int nv) {
+    for (int v = 0; v < nv; ++v) {
+      const int64_t column = (p * nv + v) * lanes;
+      if (column >= columns) return;
+      store_first(row + column, load(c + v * lanes), columns - column);
+    }
+  }
+
+  // Rows [m0, m0 + kTaskRows) of dW_ih and db_ih, of dW_hh and db_hh, or of both where one dgates serves both.
+  void weight_gradient(int g, bool recurrent, int64_t m0) {
+    const GroupGradients& out = args_.gradients[g];
+    const typename Layout::GroupBuffers& buffers = layout_.group[g];
+    const bool ih = !recurrent, hh = recurrent || shared_;
+    const bool any = (ih && (out.dw_ih || out.db_ih)) || (hh && (out.dw_hh || out.db_hh));
+    if (!any) return;
+    const int64_t M = gates_ * Hp_, rows = M - m0 < kTaskRows ? M - m0 : kTaskRows;
+    const T* const dgates = (recurrent ? buffers.dgates_h : buffers.dgates_x) + m0;
+    A* const h_stage = layout_.stage + layout_.x.panels * kTaskRows * layout_.x.width();
+    std::memset(layout_.sums, 0, kTaskRows * sizeof(A));
+    for (int64_t span = 0; span < layout_.x.spans(); ++span) {
+      const int64_t ld = layout_.x.rows(span);
+      pack_transposed(layout_.lhs, ld, layout_.sums, dgates + span * kSpan * layout_.depth, layout_.depth,
+                      layout_.x.real_rows(span), rows);
+      if (ih && out.dw_ih) add_span(layout_.x, span, rows, layout_.stage);
+      if (hh && out.dw_hh) add_span(buffers.h, span, rows, h_stage);
+    }
+    if (ih) store_gradient(out.dw_ih, out.db_ih, layout_.x, layout_.stage, m0, rows);
+    if (hh) store_gradient(out.dw_hh, out.db_hh, buffers.h, h_stage, m0, rows);
+  }
+
+  void add_span(const RowPanels<T>& right, int64_t span, int64_t rows, A* stage) const {
+    const int64_t K = right.rows(span);
+    for (int64_t p = 0; p < right.panels; ++p) {
+      multiply(layout_.lhs, K, rows, right.panel(span, p), K, right.nv, span == 0, stage + p * kTaskRows * right.width());
+    }
+  }
+
+  void store_gradient(void* dw, void* db, const RowPanels<T>& right, const A* stage, int64_t m0, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t gate = (m0 + r) / Hp_, unit = (m0 + r) % Hp_;
+      if (unit >= args_.H) continue;
+      const int64_t row = gate * args_.H + unit;
+      if (db) store_first(static_cast<T*>(db) + row, broadcast(layout_.sums[r]), 1);
+      if (!dw) continue;
+      for (int64_t p = 0; p < right.panels; ++p) {
+        const A* const c = stage + (p * kTaskRows + r) * right.width();
+        store_panel(static_cast<T*>(dw) + row * right.columns, right.columns, c, p, right.nv);
+      }
+    }
+  }
+
+  const BackwardArgs& args_;
+  const Sequence& seq_;
+  const Layout& layout_;
+  const Team& team_;
+  int gates_;
+  bool shared_;
+  int64_t Hp_;
+};
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn
