@@ -33,7 +33,9 @@ class Scan(torch.autograd.Function):
         c0: Tensor | None,
         *weights: Tensor | None,
     ) -> Outputs:
-        y, h_n, c_n, *saved = torch.ops.fastrnn.forward(
+        given = (x, h0, c0, *weights)
+        run = ops.forward if _unwatched(given) else torch.ops.fastrnn.forward.default
+        y, h_n, c_n, *saved = run(
             cell, backend, x, batch_sizes, h0, c0, weights, reverse, batch, True
         )
         ctx.set_materialize_grads(False)
@@ -54,8 +56,10 @@ class Scan(torch.autograd.Function):
         needs = [need_x, *need_rest]
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)
+        given = (dy, dh_n, dc_n, x, h0, c0, *rest)
+        run = ops.backward if _unwatched(given) else torch.ops.fastrnn.backward.default
         grads = iter(
-            torch.ops.fastrnn.backward(
+            run(
                 cell, backend, dy, dh_n, dc_n,
                 x, batch_sizes, h0, c0, weights, reverse, batch, y, saved, needs,
             )
@@ -78,11 +82,11 @@ def scan(
 
     The arguments are those of :class:`fastrnn.backends.Backend`, already checked.
     """
-    tensors = [t for t in (x, h0, c0, *weights) if t is not None]
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    given = (x, h0, c0, *weights)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     problem = ops.describe(cell, x, batch_sizes, weights, reverse, batch, grad)
     backend = choose(problem)
-    if backend.differentiable or (not grad and _unwatched(tensors)):
+    if backend.differentiable or (not grad and _unwatched(given)):
         y, h_n, c_n, _ = backend.forward(problem, x, batch_sizes, h0, c0, weights, reverse, False)
         return y, h_n, c_n
     if grad:
@@ -90,17 +94,17 @@ def scan(
             cell, backend.name, list(reverse), batch, x, batch_sizes, h0, c0, *weights
         )
         return outputs
-    y, h_n, c_n = torch.ops.fastrnn.forward(
+    y, h_n, c_n = torch.ops.fastrnn.forward.default(
         cell, backend.name, x, batch_sizes, h0, c0, weights, reverse, batch, False
     )
     return y, h_n, c_n if problem.cell.states > 1 else None
 
 
-def _unwatched(tensors: list[Tensor]) -> bool:
+def _unwatched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a kernel may read the tensors' memory as it is, and nobody watches the dispatcher."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
-        and all(type(t) in _PLAIN and not t.is_neg() for t in tensors)
+        and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
     )

@@ -57,19 +57,19 @@ def describe(
     )
 
 
-def _forward(
+def forward(
     cell: str,
     backend: str,
     x: Tensor,
     batch_sizes: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: list[Tensor | None],
-    reverse: list[bool],
+    weights: Weights,
+    reverse: Sequence[bool],
     batch: int,
     save: bool,
 ) -> list[Tensor]:
-    """[y, h_n, c_n (empty for cells without), *saved]."""
+    """What the operator does: [y, h_n, c_n (empty for cells without), *saved]."""
     problem = describe(cell, x, batch_sizes, weights, reverse, batch, save)
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.shape[0])
@@ -86,8 +86,8 @@ def _forward_fake(
     batch_sizes: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: list[Tensor | None],
-    reverse: list[bool],
+    weights: Weights,
+    reverse: Sequence[bool],
     batch: int,
     save: bool,
 ) -> list[Tensor]:
@@ -100,7 +100,7 @@ def _forward_fake(
     return [y, h_n, c_n, *(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)]
 
 
-def _backward(
+def backward(
     cell: str,
     backend: str,
     dy: Tensor | None,
@@ -110,14 +110,14 @@ def _backward(
     batch_sizes: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: list[Tensor | None],
-    reverse: list[bool],
+    weights: Weights,
+    reverse: Sequence[bool],
     batch: int,
     y: Tensor,
     saved: list[Tensor],
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The needed gradients, in the order x, h0, c0, *weights."""
+    """What the operator does: the needed gradients, in the order x, h0, c0, *weights."""
     problem = describe(cell, x, batch_sizes, weights, reverse, batch, True)
     with torch._C._DisableAutocast():  # which forward() may not have been called under
         return _kernels(backend).backward(
@@ -135,12 +135,12 @@ def _backward_fake(
     batch_sizes: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: list[Tensor | None],
-    reverse: list[bool],
+    weights: Weights,
+    reverse: Sequence[bool],
     batch: int,
     y: Tensor,
     saved: list[Tensor],
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     inputs = (x, h0, c0, *weights)
     return [
@@ -158,7 +158,7 @@ def _kernels(name: str) -> Backend:
 
 
 for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("forward", _forward, _key)
-    _LIBRARY.impl("backward", _backward, _key)
+    _LIBRARY.impl("forward", forward, _key)
+    _LIBRARY.impl("backward", backward, _key)
 torch.library.register_fake("fastrnn::forward", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("fastrnn::backward", _backward_fake, lib=_LIBRARY)
