@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -365,3 +368,14 @@ def _rounded(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_rounded(v, dtype) for v in value)
     return value if value is None else value.to(dtype)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter; fastrnn's environment variables are those given."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("FASTRNN_")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**inherited, **environment},
+    )

@@ -223,6 +223,7 @@ def test_checkpoint(cell: str, backend: str, reentrant: bool) -> None:
     torch.testing.assert_close([t.grad for t in leaves], list(expected))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_torch_func_transforms(cell: str, backend: str) -> None:
     """They need plain torch: automatic choice finds the reference, a kernel asked for refuses."""
     leaves, layer = leaves_and_call(cell)

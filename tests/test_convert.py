@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import threading
 from typing import Any
 
 import pytest
 import torch
-from helpers import LAYERS, STEPS
+from helpers import LAYERS, STEPS, run_python
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -203,15 +200,6 @@ def test_backend_context() -> None:
     with pytest.raises(KeyError), fastrnn.backend("reference"):
         raise KeyError
     assert serving() == first
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
 
 
 def test_environment_variable() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Case, Truth, make_inputs, run
+from helpers import Case, Truth, make_inputs, run, run_python
 from torch import Tensor
 
 from fastrnn import functional
@@ -19,6 +19,7 @@ from fastrnn.cells import CELLS
 
 _C = pytest.importorskip("fastrnn._C")
 
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 BOTH = (False, True)
 CASES = [
@@ -39,11 +40,20 @@ CASES = [
     Case(5, 3, 7, 18, lengths=(5, 5, 2), hx=False),
     Case(8, 7, 10, 17, lengths=(8, 8, 6, 5, 2, 2, 1), reverse=BOTH),
     Case(4, 20, 3, 16, lengths=(4,) * 9 + (3,) * 6 + (1,) * 5, reverse=BOTH, bias=False),
+    Case(7, 3, 5, 13, P=6),
+    Case(4, 9, 6, 37, P=16, reverse=BOTH, bias=False),
+    Case(8, 4, 6, 17, P=1, lengths=(8, 5, 5, 2), reverse=BOTH, hx=False),
     Case(6, 4, 10, 15, layout="batch_first"),
     Case(6, 4, 10, 15, layout="feature_first"),
     Case(6, 4, 10, 15, layout="padded"),
     Case(6, 4, 10, 15, layout="every_other"),
     Case(6, 4, 10, 15, layout="expanded"),
+]
+PAIRS = [
+    pytest.param(cell, case, id=f"{cell}-{case}")
+    for cell, kind in CELLS.items()
+    for case in CASES
+    if kind.states > 1 or not case.P
 ]
 
 
@@ -81,8 +91,7 @@ truth = functools.lru_cache(maxsize=2)(Truth)
 
 @pytest.mark.parametrize("name", _C.isas())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("cell", "case"), PAIRS)
 def test_values_and_gradients(cell: str, case: Case, dtype: torch.dtype, name: str) -> None:
     expected = truth(cell, case, dtype)
     inputs = make_inputs(cell, case, dtype)
@@ -146,3 +155,15 @@ def test_any_number_of_threads(cell: str, case: Case, threads: int) -> None:
     with poisoned():
         ours = run(cell, case, make_inputs(cell, case, torch.float32), "cpu")
     expected.check(ours)
+
+
+def test_forced_instruction_set() -> None:
+    code = "from fastrnn import _C; print(_C.isa())"
+    for name in _C.isas():
+        assert run_python(code, FASTRNN_ISA=name).stdout.strip() == name
+    assert run_python(code).stdout.strip() == _C.isas()[0]
+    wrong = run_python(code, FASTRNN_ISA="nope")
+    assert wrong.returncode != 0
+    assert "nope" in wrong.stderr
+    with pytest.raises((ValueError, RuntimeError), match="nope"):
+        _C.use_isa("nope")

@@ -138,6 +138,8 @@ def test_export(backend: str) -> None:
     torch.testing.assert_close(program.module()(x)[0], layer(x)[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_trace_records_plain_torch(backend: str) -> None:
     layer = fastrnn.GRU(4, 6).eval()
     with torch.no_grad():

@@ -78,6 +78,7 @@ def test_other_dtypes(
     assert {t.dtype for t in (y, *as_list(end))} == {dtype}
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 def test_projection(
