@@ -91,7 +91,8 @@ class Training:
     seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.Adam(self.model.parameters(), self.rate)
+        # Adam's own epsilon lets gradients that are all rounding move a weight as far as any other.
+        self.optimizer = torch.optim.Adam(self.model.parameters(), self.rate, eps=1e-5)
 
     def step(self, text: Tensor) -> None:
         start = time.perf_counter()
