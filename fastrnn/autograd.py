@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import Weights, choose
@@ -15,6 +14,25 @@ from .cells import CELLS
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that raise when they are differentiated again, by whatever they depend on.
+
+    torch's once_differentiable does not: where the incoming gradient is a constant, as that of a
+    sum is, or where another path leads to the input, second derivatives are silently left out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            "the gradient of a fastrnn kernel cannot be differentiated again; run the forward "
+            'pass under fastrnn.backend("reference"), which can'
+        )
 
 
 class Scan(torch.autograd.Function):
@@ -45,7 +63,6 @@ class Scan(torch.autograd.Function):
         return y, h_n, c_n if CELLS[cell].states > 1 else None
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -56,15 +73,17 @@ class Scan(torch.autograd.Function):
         needs = [need_x, *need_rest]
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)
-        given = (dy, dh_n, dc_n, x, h0, c0, *rest)
-        run = ops.backward if _unwatched(given) else torch.ops.fastrnn.backward.default
-        grads = iter(
-            run(
+        with torch.no_grad():
+            given = (dy, dh_n, dc_n, x, h0, c0, *rest)
+            run = ops.backward if _unwatched(given) else torch.ops.fastrnn.backward.default
+            grads = run(
                 cell, backend, dy, dh_n, dc_n,
                 x, batch_sizes, h0, c0, weights, reverse, batch, y, saved, needs,
-            )
-        )  # fmt: skip
-        dx, *others = (next(grads) if needed else None for needed in needs)
+            )  # fmt: skip
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _Once.apply(len(grads), *grads, *given)  # type: ignore[no-untyped-call]
+        each = iter(grads)
+        dx, *others = (next(each) if needed else None for needed in needs)
         return None, None, None, None, dx, None, *others
 
 

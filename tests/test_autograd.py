@@ -132,16 +132,41 @@ def test_incoming_gradient_of_any_strides(cell: str, backend: str) -> None:
     torch.testing.assert_close(expanded, expected)
 
 
-def test_double_backward_is_right_or_raises(cell: str, backend: str) -> None:
+@pytest.mark.parametrize("loss_like", [loss_of, lambda outputs: outputs[0].sum()])
+def test_double_backward_is_right_or_raises(cell: str, backend: str, loss_like: Any) -> None:
+    """Also where the incoming gradient is a constant, as that of a sum is."""
     leaves, layer = leaves_and_call(cell)
+    with using("reference"):
+        grads = torch.autograd.grad(loss_like(layer(*leaves)), leaves, create_graph=True)
+    expected = grads
     with using(backend):
-        grads = torch.autograd.grad(loss_of(layer(*leaves)), leaves, create_graph=True)
+        grads = torch.autograd.grad(loss_like(layer(*leaves)), leaves, create_graph=True)
+    torch.testing.assert_close(grads, expected)
     penalty = torch.stack([g.square().sum() for g in grads]).sum()
     if by_name(backend).differentiable:
-        assert all(g is not None for g in torch.autograd.grad(penalty, leaves))
+        with using(backend):
+            assert torch.autograd.gradgradcheck(
+                lambda *last: loss_like(layer(*leaves[:-2], *last)), leaves[-2:]
+            )
         return
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        penalty.backward()
+    for second in (penalty, *(g.sum() for g in grads)):
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            second.backward(retain_graph=True)
+        for leaf in leaves:  # also where another path leads to the leaf, which alone would be wrong
+            with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+                torch.autograd.grad(second + leaf.sum(), leaf, retain_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_create_graph_leaves_usable_gradients(cell: str, backend: str) -> None:
+    leaves, layer = leaves_and_call(cell)
+    with using(backend):
+        layer(*leaves)[0].sum().backward(create_graph=True)
+    with torch.no_grad():
+        for leaf in leaves:
+            assert leaf.grad is not None
+            leaf -= leaf.grad
+            leaf.grad = None
 
 
 def test_in_place_change_of_a_saved_tensor_raises(cell: str, backend: str) -> None:
