@@ -50,6 +50,7 @@ struct BackwardLayout {
     }
   }
   int64_t bytes() const { return arena_.used(); }
+  int64_t width() const { return nv * kLanes<A>; }
 
   int64_t Hp, depth;
   int nv;
@@ -93,7 +94,8 @@ class BackwardScan {
         dgates_h_(layout.products.group[g].dgates_h),
         y_(static_cast<const T*>(args.y) + g * args.H),
         dy_(args.dy ? static_cast<const T*>(args.dy) + g * args.H : nullptr),
-        y_ld_(args.G * args.H) {
+        y_ld_(args.G * args.H),
+        stage_(layout.products.stage) {
     const int64_t width = layout.nv * lanes;
     units_ = {panels_.begin * width, panels_.end == layout.panels ? layout.Hp : panels_.end * width};
   }
@@ -107,7 +109,7 @@ class BackwardScan {
     }
     if (dh0_) {
       const int64_t rows = share_.count(seq_.active(group_.step_to_time(0, seq_.T)));
-      for_each_block(rows, -1, [&](int64_t j0, int n, int64_t p) { initial_gradient(j0, 0, n, p); });
+      for_each_run(rows, -1, [&](int64_t j0, int n, int64_t p) { initial_gradient(j0, 0, n, p); });
     }
     if (dc0_) store_state_gradient(1, dc0_);
   }
@@ -143,21 +145,20 @@ class BackwardScan {
     for (int64_t k = Cell::gates * layout_.Hp; k < layout_.depth; ++k) row[k] = T{};
   }
 
-  // Calls body(first row, rows, panel) over my panels for blocks of my first `rows` rows, the tile holding
-  // dgates W_hh of step s + 1.
+  // Calls body(first row, rows, panel) over my panels for runs of my first `rows` rows, `stage_` holding
+  // dgates W_hh of step s + 1 for them.
   template <class Body>
-  void for_each_block(int64_t rows, int64_t s, Body body) {
-    const RowBlocks<T> blocks(rows, layout_.nv);
+  void for_each_run(int64_t rows, int64_t s, Body body) {
     const int64_t ld = share_.row_parts * layout_.depth;
     const Panels<T>& w = buffers_.hh;
     const T* const dgates = buffers_.dgates[(s + 1) & 1];
     const Sweep sweep(panels_, s);
     for (int64_t p = sweep.first; p != sweep.end; p += sweep.stride) {
-      for (int64_t i = 0; i < blocks.count(); ++i) {
-        const int64_t j0 = blocks.begin(i);
-        const int n = blocks.size(i);
-        const T* const a = dgates + share_.row(j0) * layout_.depth;
-        blocks.kernel(layout_.nv, n)(a, ld, w.panel(p), w.depth, w.panel_bias(p), 0, tile_.c, w.ahead(p + sweep.stride, i));
+      const T* const next = w.panel(p + sweep.stride == sweep.end ? p : p + sweep.stride);
+      for (int64_t j0 = 0; j0 < rows; j0 += kTaskRows) {
+        const int n = static_cast<int>(rows - j0 < kTaskRows ? rows - j0 : kTaskRows);
+        multiply_deep(dgates + share_.row(j0) * layout_.depth, ld, n, w.panel(p), w.depth, w.nv, w.panel_bias(p), 0, stage_,
+                      next);
         body(j0, n, p);
       }
     }
@@ -170,13 +171,13 @@ class BackwardScan {
     const int64_t rows = share_.count(seq_.active(t));
     const int64_t before = s + 1 < seq_.T ? share_.count(seq_.active(group_.time_after(t))) : 0;
     for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(share_.row(j), s, t);
-    for_each_block(before, s, [&](int64_t j0, int n, int64_t p) {
+    for_each_run(before, s, [&](int64_t j0, int n, int64_t p) {
       const int active = static_cast<int>(rows - j0 < 0 ? 0 : rows - j0 < n ? rows - j0 : n);
-      apply_cell(rows_ + j0, active, p, 1);
+      apply_cell(rows_ + j0, active, p, layout_.width());
       if (dh0_) initial_gradient(j0, active, n, p);
     });
     if (before >= rows) return;
-    std::memset(tile_.c, 0, sizeof tile_.c);
+    std::memset(stage_, 0, layout_.width() * sizeof(A));
     const int woken = static_cast<int>(rows - before);
     for (int64_t p = panels_.begin; p < panels_.end; ++p) apply_cell(rows_ + before, woken, p, 0);
   }
@@ -200,13 +201,13 @@ class BackwardScan {
     return r;
   }
 
-  // Row r of the block takes row r * stride of the tile.
-  void apply_cell(const typename Layout::Row* rows, int n, int64_t p, int stride) const {
+  // Row r of the run takes what lies r * stride into the stage.
+  void apply_cell(const typename Layout::Row* rows, int n, int64_t p, int64_t stride) const {
     for (int v = 0; v < layout_.nv; ++v) {
       const int64_t u = (p * layout_.nv + v) * lanes;
       if (u >= layout_.Hp) break;
       for (int r = 0; r < n; ++r) {
-        u < args_.H ? apply_cell(rows[r], tile_.at(r * stride, layout_.nv, v), u) : clear_vector(rows[r], u);
+        u < args_.H ? apply_cell(rows[r], load(stage_ + r * stride + v * lanes), u) : clear_vector(rows[r], u);
       }
     }
     if (p + 1 < layout_.panels) return;
@@ -241,14 +242,14 @@ class BackwardScan {
     }
   }
 
-  // Rows [from, n) of the block have no earlier step: what would go there is their initial state's gradient.
+  // Rows [from, n) of the run have no earlier step: what would go there is their initial state's gradient.
   void initial_gradient(int64_t j0, int from, int n, int64_t p) const {
     for (int v = 0; v < layout_.nv; ++v) {
       const int64_t u = (p * layout_.nv + v) * lanes;
       if (u >= args_.H) return;
       for (int r = from; r < n; ++r) {
         const int64_t b = share_.row(j0 + r);
-        const V d = tile_.at(r, layout_.nv, v) + load(strided_row(buffers_.dstates[0], seq_.B, b, 1).vector(u));
+        const V d = load(stage_ + r * layout_.width() + v * lanes) + load(strided_row(buffers_.dstates[0], seq_.B, b, 1).vector(u));
         store_first(dh0_ + b * args_.H + u, d, args_.H - u);
       }
     }
@@ -276,14 +277,14 @@ class BackwardScan {
   T *dh0_, *dc0_, *dgates_x_, *dgates_h_;
   const T *y_, *dy_;
   int64_t y_ld_;
-  Tile<T> tile_;
+  A* stage_;
 };
 
 template <class Cell, class T>
 void backward(const BackwardArgs& args, const Plan& plan, const Team& team, int thread) {
   const TileScope tiles;
   const BackwardLayout<Cell, T> layout(args, plan, args.workspace, thread);
-  Products<T> products(args, layout.products, team, Cell::gates, Cell::shared_dgates);
+  Products<T> products(args, layout.products, team, plan.threads, Cell::gates, Cell::shared_dgates);
   if (thread == 0) products.prepare();
   const Range mine = split(plan.pack ? layout.panels : 0, plan.threads, thread);
   for (int g = 0; g < args.G; ++g) {

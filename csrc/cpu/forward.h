@@ -205,7 +205,7 @@ class ForwardScan {
         const int64_t begin = blocks.begin(i);
         const int n = blocks.size(i);
         buffers_.ih.multiply(tile_, blocks.kernel(layout_.nv, n), n, x_rows_ + begin * layout_.Ik, layout_.Ik, p,
-                             buffers_.ih.panels.ahead(p + 1, i));
+                             buffers_.ih.panels.ahead(p, p + 1, i));
         store_input_gates(gates_rows_ + begin, n, p);
       }
     }
@@ -242,7 +242,7 @@ class ForwardScan {
         const int64_t j0 = blocks.begin(i);
         const int n = blocks.size(i);
         buffers_.hh.multiply(tile_, blocks.kernel(layout_.nv, n), n, h + share_.row(j0) * layout_.Hk, ld, p,
-                             buffers_.hh.panels.ahead(p + sweep.stride, i));
+                             buffers_.hh.panels.ahead(p, p + sweep.stride, i));
         apply_cell(rows_ + j0, n, p);
       }
     }

@@ -236,5 +236,33 @@ class RowBlocks {
   int64_t rows_, count_;
 };
 
+// C [rows, nv vectors] = init + A [rows, K] . panel, block by block; `next` is the panel wanted after this one.
+template <class T>
+void multiply_rows(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t K, int nv, const Acc<T>* init,
+                   int64_t init_stride, Acc<T>* c, const T* next) {
+  constexpr int lanes = kLanes<Acc<T>>;
+  const RowBlocks<T> blocks(rows, nv);
+  for (int64_t i = 0; i < blocks.count(); ++i) {
+    const int64_t begin = blocks.begin(i);
+    const T* const ahead = i < nv ? next + i * K * lanes : panel;
+    blocks.kernel(nv, blocks.size(i))(a + begin * lda, lda, panel, K, init + begin * init_stride, init_stride,
+                                      c + begin * nv * lanes, ahead);
+  }
+}
+
+// The same for a deep product, a part of the depth at a time, so that a part of the panel stays near while rows pass.
+template <class T>
+void multiply_deep(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t K, int nv, const Acc<T>* init,
+                   int64_t init_stride, Acc<T>* c, const T* next) {
+  constexpr int64_t most = 512;
+  const int64_t width = nv * kLanes<Acc<T>>;
+  for (int64_t k = 0; k < K; k += most) {
+    const int64_t depth = K - k < most ? K - k : most;
+    const bool last = k + depth == K;
+    multiply_rows(a + k, lda, rows, panel + k * width, depth, nv, k ? c : init, k ? width : init_stride, c,
+                  last ? next : panel + (k + depth) * width);
+  }
+}
+
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn

@@ -33,10 +33,10 @@ struct Panels {
   T* panel(int64_t p) const { return data + p * stride(); }
   const Acc<T>* panel_bias(int64_t p) const { return bias + p * width(); }
   // What block i of a run over panel p fetches ahead: its part of the panel that comes next, while there is any left.
-  const void* ahead(int64_t next, int64_t i) const {
+  const void* ahead(int64_t p, int64_t next, int64_t i) const {
     const int64_t bytes = stride() * static_cast<int64_t>(sizeof(T)), part = depth / kPair<T> * kLineBytes;
     const bool left = next >= 0 && next < count && (i + 1) * part <= bytes;
-    return left ? reinterpret_cast<const char*>(panel(next)) + i * part : reinterpret_cast<const char*>(bias);
+    return left ? reinterpret_cast<const char*>(panel(next)) + i * part : reinterpret_cast<const char*>(panel(p));
   }
   // Where output (vector v, lane) at depth k stands in panel p.
   T& at(int64_t p, int64_t k, int v, int lane) const {

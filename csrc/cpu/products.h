@@ -13,10 +13,8 @@ namespace FASTRNN_ISA {
 
 // Rows n of dgates that one part of dW's inner dimension spans.
 inline constexpr int64_t kSpan = 256;
-// Depth of dx's inner dimension at a time, so that a panel's part stays in L1 or L2 while rows pass by it.
-inline constexpr int64_t kDepthBlock = 256;
-// Rows of a task: a multiple of each kernel's height.
-inline constexpr int64_t kTaskRows = kTiles ? 64 : 48;
+// Rows of a task: a multiple of each kernel's height. Smaller ones where the larger would be too few to share out.
+inline constexpr int64_t kTaskRows = 96, kSmallTaskRows = kTiles ? 32 : 48;
 
 // Rows of the user's tensors as the right-hand side of dW: spans of kSpan rows, each cut into panels [rows][nv][lanes].
 template <class T>
@@ -132,7 +130,8 @@ struct ProductsLayout {
       buffers.h.data = args.wants_dw_hh() ? arena.take<T>(buffers.h.size()) : nullptr;
       buffers.h_rows = args.wants_dw_hh() ? arena.take<const T*>(N) : nullptr;
     }
-    const int64_t columns = x.panels * x.width() + group[0].h.panels * group[0].h.width();
+    // At least one panel, for the scan uses it too.
+    const int64_t columns = x.panels * x.width() + group[0].h.panels * group[0].h.width() + kMaxVectors * kLanes<A>;
     for (int i = 0; i < plan.threads; ++i) {
       T* const a = arena.take<T>(kTaskRows * kSpan);
       A* const s = arena.take<A>(kTaskRows);
@@ -155,10 +154,17 @@ class Products {
   using A = Acc<T>;
   using Layout = ProductsLayout<T>;
   static constexpr int lanes = kLanes<A>;
+  static constexpr A kZeros[kMaxVectors * lanes] = {};
 
  public:
-  Products(const BackwardArgs& args, const Layout& layout, const Team& team, int gates, bool shared)
-      : args_(args), seq_(args.seq), layout_(layout), team_(team), gates_(gates), shared_(shared),
+  Products(const BackwardArgs& args, const Layout& layout, const Team& team, int threads, int gates, bool shared)
+      : args_(args),
+        seq_(args.seq),
+        layout_(layout),
+        team_(team),
+        threads_(threads),
+        gates_(gates),
+        shared_(shared),
         Hp_(round_up(args.H, kUnitPad)) {}
 
   // Everything that does not depend on dgates: the right-hand sides.
@@ -182,17 +188,20 @@ class Products {
     if (l.x_rows) pack_rows_of(l.x, l.x_rows, thread, threads);
   }
 
+  // The long tasks first, so that the short ones even out the end.
   void run() {
-    const int64_t dx_tasks = args_.dx ? ceil_div(seq_.N, kTaskRows) : 0;
-    const int64_t M = gates_ * Hp_, blocks = ceil_div(M, kTaskRows), kinds = shared_ ? 1 : 2;
-    const int64_t tasks = dx_tasks + args_.G * kinds * blocks;
+    const int64_t M = gates_ * Hp_, kinds = shared_ ? 1 : 2;
+    const int64_t rows = M >= kTaskRows * 4 * threads_ ? kTaskRows : kSmallTaskRows, blocks = ceil_div(M, rows);
+    const int64_t weight_tasks = args_.G * kinds * blocks;
+    const int64_t tasks = weight_tasks + (args_.dx ? ceil_div(seq_.N, kTaskRows) : 0);
     for (int64_t i = team_.next_task(); i < tasks; i = team_.next_task()) {
-      if (i < dx_tasks) {
-        input_gradient(i * kTaskRows);
-        continue;
+      if (i < weight_tasks) {
+        const int64_t m0 = i % blocks * rows;
+        weight_gradient(static_cast<int>(i / blocks / kinds), i / blocks % kinds == 1, m0, M - m0 < rows ? M - m0 : rows);
+      } else {
+        const int64_t n0 = (i - weight_tasks) * kTaskRows;
+        input_gradient(n0, seq_.N - n0 < kTaskRows ? seq_.N - n0 : kTaskRows);
       }
-      const int64_t j = i - dx_tasks;
-      weight_gradient(static_cast<int>(j / blocks / kinds), j / blocks % kinds == 1, j % blocks * kTaskRows);
     }
   }
 
@@ -226,31 +235,15 @@ class Products {
     for (int64_t i = mine.begin; i < mine.end; ++i) pack_span(out, rows, i / out.panels, i % out.panels);
   }
 
-  // C [rows, width] (+)= A [rows, K] . panel
-  void multiply(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t K, int nv, bool first, A* c) const {
-    static constexpr A zeros[kMaxVectors * lanes] = {};
-    const int64_t width = nv * lanes;
-    const RowBlocks<T> blocks(rows, nv);
-    for (int64_t i = 0; i < blocks.count(); ++i) {
-      A* const out = c + blocks.begin(i) * width;
-      blocks.kernel(nv, blocks.size(i))(a + blocks.begin(i) * lda, lda, panel, K, first ? zeros : out, first ? 0 : width,
-                                        out, zeros);
-    }
-  }
-
-  void input_gradient(int64_t n0) {
+  void input_gradient(int64_t n0, int64_t rows) {
     const RowPanels<T>& x = layout_.x;
-    const int64_t rows = seq_.N - n0 < kTaskRows ? seq_.N - n0 : kTaskRows;
     T* const dx = static_cast<T*>(args_.dx);
     for (int64_t p = 0; p < x.panels; ++p) {
-      bool first = true;
       for (int g = 0; g < args_.G; ++g) {
-        const T* const panel = layout_.group[g].w_ih.panel(p);
-        for (int64_t k = 0; k < layout_.depth; k += kDepthBlock, first = false) {
-          const int64_t K = layout_.depth - k < kDepthBlock ? layout_.depth - k : kDepthBlock;
-          multiply(layout_.group[g].dgates_x + n0 * layout_.depth + k, layout_.depth, rows, panel + k * x.width(), K, x.nv,
-                   first, layout_.stage);
-        }
+        const Panels<T>& w = layout_.group[g].w_ih;
+        const T* const next = w.panel(p + 1 < x.panels ? p + 1 : 0);
+        multiply_deep(layout_.group[g].dgates_x + n0 * layout_.depth, layout_.depth, rows, w.panel(p), layout_.depth, x.nv,
+                      g ? layout_.stage : kZeros, g ? x.width() : 0, layout_.stage, next);
       }
       for (int64_t r = 0; r < rows; ++r) store_panel(dx + (n0 + r) * args_.I, args_.I, layout_.stage + r * x.width(), p, x.nv);
     }
@@ -264,14 +257,13 @@ class Products {
     }
   }
 
-  // Rows [m0, m0 + kTaskRows) of dW_ih and db_ih, of dW_hh and db_hh, or of both where one dgates serves both.
-  void weight_gradient(int g, bool recurrent, int64_t m0) {
+  // Rows [m0, m0 + rows) of dW_ih and db_ih, of dW_hh and db_hh, or of both where one dgates serves both.
+  void weight_gradient(int g, bool recurrent, int64_t m0, int64_t rows) {
     const GroupGradients& out = args_.gradients[g];
     const typename Layout::GroupBuffers& buffers = layout_.group[g];
     const bool ih = !recurrent, hh = recurrent || shared_;
     const bool any = (ih && (out.dw_ih || out.db_ih)) || (hh && (out.dw_hh || out.db_hh));
     if (!any) return;
-    const int64_t M = gates_ * Hp_, rows = M - m0 < kTaskRows ? M - m0 : kTaskRows;
     const T* const dgates = (recurrent ? buffers.dgates_h : buffers.dgates_x) + m0;
     A* const h_stage = layout_.stage + layout_.x.panels * kTaskRows * layout_.x.width();
     std::memset(layout_.sums, 0, kTaskRows * sizeof(A));
@@ -289,7 +281,10 @@ class Products {
   void add_span(const RowPanels<T>& right, int64_t span, int64_t rows, A* stage) const {
     const int64_t K = right.rows(span);
     for (int64_t p = 0; p < right.panels; ++p) {
-      multiply(layout_.lhs, K, rows, right.panel(span, p), K, right.nv, span == 0, stage + p * kTaskRows * right.width());
+      A* const c = stage + p * kTaskRows * right.width();
+      const T* const next = right.panel(p + 1 < right.panels ? span : 0, p + 1 < right.panels ? p + 1 : 0);
+      multiply_rows(layout_.lhs, K, rows, right.panel(span, p), K, right.nv, span ? c : kZeros, span ? right.width() : 0, c,
+                    next);
     }
   }
 
@@ -311,7 +306,7 @@ class Products {
   const Sequence& seq_;
   const Layout& layout_;
   const Team& team_;
-  int gates_;
+  int threads_, gates_;
   bool shared_;
   int64_t Hp_;
 };
