@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .backends import Weights, choose
+from .backends import BACKENDS, Weights, choose
 from .cells import CELLS
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]
@@ -73,6 +73,10 @@ class Scan(torch.autograd.Function):
         needs = [need_x, *need_rest]
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)
+        if not torch.compiler.is_compiling() and any(map(_is_batched, (dy, dh_n, dc_n))):
+            inputs = (x, h0, c0, *weights)
+            call = (cell, batch_sizes, reverse, batch)
+            return _batched_backward(call, inputs, needs, (dy, dh_n, dc_n))
         with torch.no_grad():
             given = (dy, dh_n, dc_n, x, h0, c0, *rest)
             run = ops.backward if _unwatched(given) else torch.ops.fastrnn.backward.default
@@ -82,9 +86,48 @@ class Scan(torch.autograd.Function):
             )  # fmt: skip
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _Once.apply(len(grads), *grads, *given)  # type: ignore[no-untyped-call]
-        each = iter(grads)
-        dx, *others = (next(each) if needed else None for needed in needs)
-        return None, None, None, None, dx, None, *others
+        return _placed(grads, needs)
+
+
+def _placed(grads: Iterable[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The needed gradients where Scan.forward has its arguments."""
+    each = iter(grads)
+    dx, *others = (next(each) if needed else None for needed in needs)
+    return None, None, None, None, dx, None, *others
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    if grad is None:
+        return False
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(grad)
+    return wrapped or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def _batched_backward(
+    call: tuple[str, Tensor | None, list[bool], int],
+    inputs: tuple[Tensor | None, ...],
+    needs: Sequence[bool],
+    grads: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """Many incoming gradients at once (``is_grads_batched``, vectorized Jacobians) have no memory
+    that a kernel could read: the layer runs again in plain torch, which differentiates so."""
+    cell, batch_sizes, reverse, batch = call
+    plain = next(b for b in BACKENDS if b.differentiable)
+    with torch.enable_grad():
+        leaves = [
+            None if t is None else t.detach().requires_grad_(needed)
+            for t, needed in zip(inputs, needs, strict=True)
+        ]
+        x, h0, c0, *weights = leaves
+        assert x is not None
+        problem = ops.describe(cell, x, batch_sizes, weights, reverse, batch, True)
+        *outputs, _ = plain.forward(problem, x, batch_sizes, h0, c0, weights, reverse, False)
+    used = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    found = torch.autograd.grad(
+        [o for o, _ in used], wanted, [g for _, g in used], materialize_grads=True
+    )
+    return _placed(found, needs)
 
 
 def scan(

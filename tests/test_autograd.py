@@ -275,6 +275,30 @@ def test_torch_func_transforms(cell: str, backend: str) -> None:
         torch.func.grad(scalar)(*leaves)
 
 
+def test_batched_incoming_gradients(cell: str, backend: str) -> None:
+    leaves, layer = leaves_and_call(cell)
+    with using(backend):
+        outputs = layer(*leaves)
+    grads = [torch.randn(3, *o.shape, dtype=o.dtype) for o in outputs]
+    for used in (slice(0, 1), slice(0, None), slice(1, None)):
+        kept, given = outputs[used], grads[used]
+        found = torch.autograd.grad(kept, leaves, given, retain_graph=True, is_grads_batched=True)
+        for k in range(3):
+            expected = torch.autograd.grad(kept, leaves, [g[k] for g in given], retain_graph=True)
+            torch.testing.assert_close([f[k] for f in found], list(expected))
+    x = leaves[0].detach()
+
+    def of_x(x: Tensor) -> Tensor:
+        y: Tensor = layer(x, *leaves[1:])[0]
+        return y.sum(0)
+
+    with using(backend):
+        slow, fast = (
+            torch.autograd.functional.jacobian(of_x, x, vectorize=v) for v in (False, True)
+        )
+    torch.testing.assert_close(slow, fast)
+
+
 def test_backward_uses_the_backend_of_its_forward(cell: str, backend: str) -> None:
     leaves, layer = leaves_and_call(cell)
     with using(backend):
