@@ -33,6 +33,9 @@ CASES = [
     Case(3, 2, 70, 129),
     Case(3, 65, 33, 40),
     Case(1025, 2, 3, 5),
+    Case(40, 33, 130, 270),
+    Case(3, 300, 600, 70, reverse=BOTH),
+    Case(90, 24, 40, 100, lengths=(90,) * 3 + tuple(range(63, 0, -3)), reverse=BOTH),
     Case(6, 5, 9, 11, reverse=(True,)),
     Case(6, 5, 9, 21, reverse=BOTH),
     Case(6, 13, 9, 16, reverse=BOTH, hx=False),
@@ -145,7 +148,15 @@ def test_same_bits_on_repeat_runs(cell: str, case: Case, dtype: torch.dtype, thr
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize(
     "case",
-    [Case(6, 1, 5, 37), Case(6, 2, 5, 100), Case(6, 25, 5, 37), Case(6, 3, 5, 37, reverse=BOTH)],
+    [
+        Case(6, 1, 5, 37),
+        Case(6, 2, 5, 100),
+        Case(6, 25, 5, 37),
+        Case(6, 3, 5, 37, reverse=BOTH),
+        Case(12, 40, 150, 130),
+        Case(9, 7, 5, 37, lengths=(9, 9, 8, 5, 4, 2, 1), reverse=BOTH),
+        Case(30, 24, 5, 64, lengths=tuple(range(30, 6, -1))),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("cell", CELLS)
