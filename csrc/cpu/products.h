@@ -13,6 +13,8 @@ namespace FASTRNN_ISA {
 
 // Rows n of dgates that one part of dW's inner dimension spans.
 inline constexpr int64_t kSpan = 256;
+// So few rows do not pay for packing anything: they are multiplied as they lie.
+inline constexpr int64_t kThinRows = 4;
 // Rows of a task: a multiple of each kernel's height. Smaller ones where the larger would be too few to share out.
 inline constexpr int64_t kTaskRows = 96, kSmallTaskRows = kTiles ? 32 : 48;
 
@@ -115,7 +117,8 @@ struct ProductsLayout {
       : depth(round_up(gates * round_up(args.H, kUnitPad), kDepthPad<T>)), x(RowPanels<T>::make(args.I, args.seq.N)) {
     const int64_t N = args.seq.N;
     const int64_t dgates_size = (N + kRowPad<T>)*depth;
-    x.data = args.wants_dw_ih() ? arena.take<T>(x.size()) : nullptr;
+    thin = N < kThinRows;
+    x.data = args.wants_dw_ih() && !thin ? arena.take<T>(x.size()) : nullptr;
     x_rows = args.wants_dw_ih() ? arena.take<const T*>(N) : nullptr;
     for (int g = 0; g < args.G; ++g) {
       GroupBuffers& buffers = group[g];
@@ -123,11 +126,11 @@ struct ProductsLayout {
       buffers.dgates_h = shared ? buffers.dgates_x : arena.take<T>(dgates_size);
       buffers.h = RowPanels<T>::make(args.H, N);
       buffers.w_ih = {nullptr, nullptr, x.panels, depth, x.nv};
-      if (args.dx) {
+      if (args.dx && !thin) {
         buffers.w_ih.data = arena.take<T>(x.panels * buffers.w_ih.stride());
         buffers.w_ih.bias = arena.take<A>(x.panels * x.width());
       }
-      buffers.h.data = args.wants_dw_hh() ? arena.take<T>(buffers.h.size()) : nullptr;
+      buffers.h.data = args.wants_dw_hh() && !thin ? arena.take<T>(buffers.h.size()) : nullptr;
       buffers.h_rows = args.wants_dw_hh() ? arena.take<const T*>(N) : nullptr;
     }
     // At least one panel, for the scan uses it too.
@@ -141,6 +144,7 @@ struct ProductsLayout {
   }
 
   int64_t depth;
+  bool thin;
   RowPanels<T> x;
   const T** x_rows;
   GroupBuffers group[kMaxGroups];
@@ -152,8 +156,10 @@ struct ProductsLayout {
 template <class T>
 class Products {
   using A = Acc<T>;
+  using V = AccVec<T>;
   using Layout = ProductsLayout<T>;
   static constexpr int lanes = kLanes<A>;
+  static constexpr int64_t kThinColumns = 2 * kMaxVectors * lanes;
   static constexpr A kZeros[kMaxVectors * lanes] = {};
 
  public:
@@ -177,6 +183,7 @@ class Products {
 
   void pack(int thread, int threads) {
     const Layout& l = layout_;
+    if (l.thin) return;
     for (int g = 0; g < args_.G; ++g) {
       if (args_.dx) {
         const T* const w = static_cast<const T*>(args_.groups[g].w_ih);
@@ -190,6 +197,7 @@ class Products {
 
   // The long tasks first, so that the short ones even out the end.
   void run() {
+    if (layout_.thin) return run_thin();
     const int64_t M = gates_ * Hp_, kinds = shared_ ? 1 : 2;
     const int64_t rows = M >= kTaskRows * 4 * threads_ ? kTaskRows : kSmallTaskRows, blocks = ceil_div(M, rows);
     const int64_t weight_tasks = args_.G * kinds * blocks;
@@ -246,6 +254,71 @@ class Products {
                       g ? layout_.stage : kZeros, g ? x.width() : 0, layout_.stage, next);
       }
       for (int64_t r = 0; r < rows; ++r) store_panel(dx + (n0 + r) * args_.I, args_.I, layout_.stage + r * x.width(), p, x.nv);
+    }
+  }
+
+  void run_thin() {
+    const int64_t columns = args_.dx ? ceil_div(args_.I, kThinColumns) : 0;
+    const int64_t blocks = ceil_div(args_.H, kTaskRows), tasks = columns + args_.G * gates_ * blocks;
+    for (int64_t i = team_.next_task(); i < tasks; i = team_.next_task()) {
+      if (i < columns) {
+        thin_input_gradient(i * kThinColumns);
+        continue;
+      }
+      const int64_t j = i - columns, unit = j % blocks * kTaskRows, gate = j / blocks % gates_;
+      const int64_t rows = args_.H - unit < kTaskRows ? args_.H - unit : kTaskRows;
+      const int g = static_cast<int>(j / blocks / gates_);
+      for (int64_t r = 0; r < rows; ++r) thin_weight_gradient(g, gate, unit + r);
+    }
+  }
+
+  // Columns of dx as a sum of rows of W_ih.
+  void thin_input_gradient(int64_t column0) const {
+    const int64_t end = args_.I - column0 < kThinColumns ? args_.I : column0 + kThinColumns;
+    for (int64_t n = 0; n < seq_.N; ++n) {
+      T* const dx = static_cast<T*>(args_.dx) + n * args_.I;
+      for (int64_t column = column0; column < end; column += kMaxVectors * lanes) thin_columns(dx, n, column, end);
+    }
+  }
+
+  void thin_columns(T* dx, int64_t n, int64_t column, int64_t end) const {
+    V sums[kMaxVectors] = {};
+    for (int g = 0; g < args_.G; ++g) {
+      const T* w = static_cast<const T*>(args_.groups[g].w_ih) + column;
+      const T* const dgates = layout_.group[g].dgates_x + n * layout_.depth;
+      for (int64_t row = 0; row < gates_ * args_.H; ++row, w += args_.I) {
+        const V d = broadcast(widen_one(dgates[row / args_.H * Hp_ + row % args_.H]));
+        for (int v = 0; v < kMaxVectors && column + v * lanes < end; ++v) {
+          sums[v] += d * load_first(w + v * lanes, end - column - v * lanes);
+        }
+      }
+    }
+    for (int v = 0; v < kMaxVectors && column + v * lanes < end; ++v) {
+      store_first(dx + column + v * lanes, sums[v], end - column - v * lanes);
+    }
+  }
+
+  void thin_weight_gradient(int g, int64_t gate, int64_t unit) const {
+    const GroupGradients& out = args_.gradients[g];
+    const typename Layout::GroupBuffers& buffers = layout_.group[g];
+    const int64_t row = gate * args_.H + unit, column = gate * Hp_ + unit;
+    thin_row(out.dw_ih, out.db_ih, row, buffers.dgates_x + column, layout_.x_rows, args_.I);
+    thin_row(out.dw_hh, out.db_hh, row, buffers.dgates_h + column, buffers.h_rows, args_.H);
+  }
+
+  // Row `row` of dW and db: the sum over n of one element of dgates times a row of the right-hand side.
+  void thin_row(void* dw, void* db, int64_t row, const T* dgates, const T* const* right, int64_t columns) const {
+    A d[kThinRows] = {}, sum = 0;
+    for (int64_t n = 0; n < seq_.N; ++n) sum += d[n] = widen_one(dgates[n * layout_.depth]);
+    if (db) store_first(static_cast<T*>(db) + row, broadcast(sum), 1);
+    if (!dw) return;
+    T* const to = static_cast<T*>(dw) + row * columns;
+    for (int64_t column = 0; column < columns; column += lanes) {
+      V c = {};
+      for (int64_t n = 0; n < seq_.N; ++n) {
+        if (right[n]) c += d[n] * load_first(right[n] + column, columns - column);
+      }
+      store_first(to + column, c, columns - column);
     }
   }
 
