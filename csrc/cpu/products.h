@@ -77,15 +77,26 @@ void pack_span(const RowPanels<T>& out, const T* const* rows, int64_t span, int6
   }
 }
 
-// dgates columns [m0, m0 + rows) of one span, transposed to rows [m][n], and their sums added to `sums`.
+// dgates columns [m0, m0 + rows) of one span, transposed to rows [m][n], and their sums added to `sums`. Rows of dgates
+// lie pages apart: what is wanted of each is read at once, and the next ones are fetched meanwhile.
 template <class T>
 void pack_transposed(T* out, int64_t ld, Acc<T>* sums, const T* dgates, int64_t dgates_ld, int64_t real, int64_t rows) {
   using L = Lane<T>;
-  constexpr int lanes = kLanes<L>;
-  for (int64_t m = 0; m < rows; m += lanes) {
-    AccVec<T> sum = load(sums + m);
-    for (int64_t n = 0; n < ld; n += lanes * kPair<T>) {
+  constexpr int lanes = kLanes<L>, step = lanes * kPair<T>;
+  alignas(64) Acc<T> span_sums[kTaskRows] = {};
+  for (int64_t n = 0; n < ld; n += step) {
+    const int64_t left = (ld - n) * static_cast<int64_t>(sizeof(T));
+    const bool whole = left >= kVectorBytes;
+    const size_t bytes = static_cast<size_t>(whole ? kVectorBytes : left);
+    for (int64_t i = n + step; i < n + 2 * step && i < real; ++i) {
+      for (int64_t m = 0; m < rows; m += kLineBytes / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(dgates + i * dgates_ld + m);
+      }
+    }
+    for (int64_t m = 0; m < rows; m += lanes) {
+      AccVec<T> sum = load(span_sums + m);
       Vec<L> block[lanes];
+#pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) {
         const int64_t row = n + i * kPair<T>;
         const T* const first = row < real ? dgates + row * dgates_ld + m : nullptr;
@@ -94,13 +105,19 @@ void pack_transposed(T* out, int64_t ld, Acc<T>* sums, const T* dgates, int64_t 
         if (first) sum += load(first);
         if (second) sum += load(second);
       }
+      store(span_sums + m, sum);
       transpose<L, lanes / 2>(block);
-      const int64_t left = (ld - n) * static_cast<int64_t>(sizeof(T));
-      const size_t bytes = static_cast<size_t>(left < kVectorBytes ? left : kVectorBytes);
-      for (int i = 0; i < lanes; ++i) std::memcpy(out + (m + i) * ld + n, &block[i], bytes);
+      for (int i = 0; i < lanes; ++i) {
+        T* const to = out + (m + i) * ld + n;
+        if (whole) {
+          std::memcpy(to, &block[i], kVectorBytes);
+        } else {
+          std::memcpy(to, &block[i], bytes);
+        }
+      }
     }
-    store(sums + m, sum);
   }
+  for (int64_t m = 0; m < rows; m += lanes) store(sums + m, load(sums + m) + load(span_sums + m));
 }
 
 template <class T>
