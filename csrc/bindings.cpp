@@ -81,7 +81,8 @@ struct Steps {
 };
 
 std::vector<Group> make_groups(const std::vector<Address>& weights, const std::vector<bool>& reverse) {
-  require(!reverse.empty() && reverse.size() <= kMaxGroups, "there may be 1 to " + std::to_string(kMaxGroups) + " groups");
+  require(!reverse.empty() && reverse.size() <= kMaxGroups,
+          "there may be 1 to " + std::to_string(kMaxGroups) + " groups");
   require(weights.size() == 4 * reverse.size(), "each group has four weights: w_ih, w_hh, b_ih, b_hh");
   std::vector<Group> groups;
   for (size_t g = 0; g < reverse.size(); ++g) {

@@ -5,6 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "problem.h"
 
 namespace fastrnn {
@@ -16,13 +20,26 @@ class Arena {
   template <class T>
   T* take(int64_t count) {
     char* const p = base_ ? base_ + used_ : nullptr;
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), kAlign);
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T)), room = round_up(bytes + kGap, kAlign);
+    used_ += room;
+    if (p) fence(p, bytes, room);
     return reinterpret_cast<T*>(p);
   }
   int64_t used() const { return used_; }
 
  private:
   static constexpr int64_t kAlign = 64;
+  // AddressSanitizer is to see what strays from one piece into the next.
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int64_t kGap = 64;
+  static void fence(char* p, int64_t bytes, int64_t room) {
+    ASAN_UNPOISON_MEMORY_REGION(p, bytes);
+    ASAN_POISON_MEMORY_REGION(p + bytes, room - bytes);
+  }
+#else
+  static constexpr int64_t kGap = 0;
+  static void fence(char*, int64_t, int64_t) {}
+#endif
   char* base_;
   int64_t used_ = 0;
 };

@@ -12,11 +12,11 @@ template <class Cell, class T>
 struct BackwardLayout {
   using A = Acc<T>;
   struct GroupBuffers {
-    Panels<T> hh;             // W_hh by columns
-    T* dgates[2];             // [B, depth] of the step after, in turn: the GEMM's A
-    A* dstates[Cell::states]; // [vectors, B, lanes] passed back past W_hh
-    T* h0;                    // [B, Hp] initial states, zeros where none were given
-    A* c0;                    // [vectors, B, lanes]
+    Panels<T> hh;              // W_hh by columns
+    T* dgates[2];              // [B, depth] of the step after, in turn: the GEMM's A
+    A* dstates[Cell::states];  // [vectors, B, lanes] passed back past W_hh
+    T* h0;                     // [B, Hp] initial states, zeros where none were given
+    A* c0;                     // [vectors, B, lanes]
   };
   // Where one batch row's vectors lie in one step.
   struct Row {
@@ -157,8 +157,8 @@ class BackwardScan {
       const T* const next = w.panel(p + sweep.stride == sweep.end ? p : p + sweep.stride);
       for (int64_t j0 = 0; j0 < rows; j0 += kTaskRows) {
         const int n = static_cast<int>(rows - j0 < kTaskRows ? rows - j0 : kTaskRows);
-        multiply_deep(dgates + share_.row(j0) * layout_.depth, ld, n, w.panel(p), w.depth, w.nv, w.panel_bias(p), 0, stage_,
-                      next);
+        multiply_deep(dgates + share_.row(j0) * layout_.depth, ld, n, w.panel(p), w.depth, w.nv, w.panel_bias(p), 0,
+                      stage_, next);
         body(j0, n, p);
       }
     }
@@ -213,7 +213,8 @@ class BackwardScan {
     if (p + 1 < layout_.panels) return;
     for (int r = 0; r < n; ++r) {
       for (int64_t u = layout_.panels * layout_.nv * lanes; u < layout_.Hp; u += lanes) clear_vector(rows[r], u);
-      for (int64_t k = Cell::gates * layout_.Hp; k < layout_.depth; ++k) rows[r].dgates_x[k] = rows[r].dgates_h[k] = T{};
+      for (int64_t k = Cell::gates * layout_.Hp; k < layout_.depth; ++k)
+        rows[r].dgates_x[k] = rows[r].dgates_h[k] = T{};
     }
   }
 
@@ -249,7 +250,8 @@ class BackwardScan {
       if (u >= args_.H) return;
       for (int r = from; r < n; ++r) {
         const int64_t b = share_.row(j0 + r);
-        const V d = load(stage_ + r * layout_.width() + v * lanes) + load(strided_row(buffers_.dstates[0], seq_.B, b, 1).vector(u));
+        const V d = load(stage_ + r * layout_.width() + v * lanes) +
+                    load(strided_row(buffers_.dstates[0], seq_.B, b, 1).vector(u));
         store_first(dh0_ + b * args_.H + u, d, args_.H - u);
       }
     }

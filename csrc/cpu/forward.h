@@ -51,9 +51,9 @@ struct ForwardLayout {
     T *h_after, *y;
   };
   struct ThreadBuffers {
-    T* x;                // [rows of a chunk, Ik]
-    Strided<A>* gates;   // [rows of a chunk]
-    Row* rows;           // [rows of a step]
+    T* x;               // [rows of a chunk, Ik]
+    Strided<A>* gates;  // [rows of a chunk]
+    Row* rows;          // [rows of a step]
   };
 
   ForwardLayout(const ForwardArgs& args, const Plan& plan, void* base, int thread_index)
@@ -164,7 +164,8 @@ class ForwardScan {
       const int64_t b = share_.row(j);
       for (T* h : buffers_.h) {
         copy_padded(h + b * layout_.Hk, h0_ ? h0_ + b * args_.H : nullptr, units.begin, units.end);
-        if (share_.unit_part == 0) std::memset(h + b * layout_.Hk + layout_.Hp, 0, (layout_.Hk - layout_.Hp) * sizeof(T));
+        if (share_.unit_part == 0)
+          std::memset(h + b * layout_.Hk + layout_.Hp, 0, (layout_.Hk - layout_.Hp) * sizeof(T));
       }
       if constexpr (Cell::states > 1) {
         const Strided<A> c = strided_row(buffers_.c, seq_.B, b, 1);
@@ -212,7 +213,8 @@ class ForwardScan {
   }
 
   void copy_x(int64_t row, int64_t t, int64_t b) const {
-    const int64_t at = seq_.offsets ? (seq_.offset(t) + b) * args_.x_stride_b : t * args_.x_stride_t + b * args_.x_stride_b;
+    const int64_t at =
+        seq_.offsets ? (seq_.offset(t) + b) * args_.x_stride_b : t * args_.x_stride_t + b * args_.x_stride_b;
     T* const out = x_rows_ + row * layout_.Ik;
     std::memcpy(out, static_cast<const T*>(args_.x) + at, args_.I * sizeof(T));
     std::memset(out + args_.I, 0, (layout_.Ik - args_.I) * sizeof(T));
@@ -306,7 +308,8 @@ class ForwardScan {
       for (int64_t u = units.begin; u < end; ++u) h_n_[b * args_.H + u] = y[u];
       if constexpr (Cell::states > 1) {
         const Strided<A> c = cell_row(t, b);
-        for (int64_t u = units.begin; u < end; u += lanes) store_first(c_n_ + b * args_.H + u, load(c.vector(u)), end - u);
+        for (int64_t u = units.begin; u < end; u += lanes)
+          store_first(c_n_ + b * args_.H + u, load(c.vector(u)), end - u);
       }
     }
   }

@@ -75,7 +75,8 @@ FASTRNN_INLINE void multiply_add(Vec<float>* acc, int mr, int nv, const bf16* a,
 #pragma GCC unroll 4
     for (int v = 0; v < nv; ++v) {
 #if defined(__AVX512BF16__)
-      acc[r * nv + v] = _mm512_dpbf16_ps(acc[r * nv + v], reinterpret_cast<__m512bh>(ar), reinterpret_cast<__m512bh>(b[v]));
+      acc[r * nv + v] =
+          _mm512_dpbf16_ps(acc[r * nv + v], reinterpret_cast<__m512bh>(ar), reinterpret_cast<__m512bh>(b[v]));
 #else
       using V = Vec<float>;
       acc[r * nv + v] += reinterpret_cast<V>(ar << 16) * reinterpret_cast<V>(b[v] << 16);
@@ -129,10 +130,14 @@ Block<T> find_block(int rows) {
 template <class T>
 Block<T> find_block(int nv, int rows) {
   switch (nv) {
-    case 1: return find_block<T, 1, max_rows(1)>(rows);
-    case 2: return find_block<T, 2, max_rows(2)>(rows);
-    case 3: return find_block<T, 3, max_rows(3)>(rows);
-    default: return find_block<T, 4, max_rows(4)>(rows);
+    case 1:
+      return find_block<T, 1, max_rows(1)>(rows);
+    case 2:
+      return find_block<T, 2, max_rows(2)>(rows);
+    case 3:
+      return find_block<T, 3, max_rows(3)>(rows);
+    default:
+      return find_block<T, 4, max_rows(4)>(rows);
   }
 }
 
@@ -187,10 +192,14 @@ Block<bf16> find_tile_block(int rows) {
 
 inline Block<bf16> find_tile_block(int nv, int rows) {
   switch (nv) {
-    case 1: return find_tile_block<1>(rows);
-    case 2: return find_tile_block<2>(rows);
-    case 3: return find_tile_block<3>(rows);
-    default: return find_tile_block<4>(rows);
+    case 1:
+      return find_tile_block<1>(rows);
+    case 2:
+      return find_tile_block<2>(rows);
+    case 3:
+      return find_tile_block<3>(rows);
+    default:
+      return find_tile_block<4>(rows);
   }
 }
 #endif
@@ -211,8 +220,8 @@ class TileScope {
   TileScope& operator=(const TileScope&) = delete;
 };
 
-// A run of rows cut into blocks: of nearly equal height, so that none is left a thin, slow one, or, for tiles, of 32 and
-// a rest.
+// A run of rows cut into blocks: of nearly equal height, so that none is left a thin, slow one, or, for tiles, of 32
+// and a rest.
 template <class T>
 class RowBlocks {
  public:

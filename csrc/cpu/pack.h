@@ -18,15 +18,15 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-// A weight matrix as outputs x depth, cut into panels. Output (unit, gate) is weight row gate * H + unit, or, transposed
-// for backward, output unit is weight column `unit` and depth runs over the padded gates [gates][Hp].
+// A weight matrix as outputs x depth, cut into panels. Output (unit, gate) is weight row gate * H + unit, or,
+// transposed for backward, output unit is weight column `unit` and depth runs over the padded gates [gates][Hp].
 template <class T>
 struct Panels {
   T* data;
-  Acc<T>* bias;    // [panels][nv * lanes]
-  int64_t count;   // panels
-  int64_t depth;   // padded K
-  int nv;          // vectors in a panel
+  Acc<T>* bias;   // [panels][nv * lanes]
+  int64_t count;  // panels
+  int64_t depth;  // padded K
+  int nv;         // vectors in a panel
 
   int width() const { return nv * kLanes<Acc<T>>; }
   int64_t stride() const { return depth * width(); }
@@ -57,8 +57,8 @@ FASTRNN_INLINE Acc<T> widen_one(T x) {
   }
 }
 
-// A square block of vectors, transposed by exchanging ever smaller halves between pairs of them. Pairs of bf16 travel as
-// one 32-bit lane, which is just how a panel wants them.
+// A square block of vectors, transposed by exchanging ever smaller halves between pairs of them. Pairs of bf16 travel
+// as one 32-bit lane, which is just how a panel wants them.
 template <class T>
 using Lane = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
 template <class T>
@@ -114,7 +114,8 @@ void pack_rows(const Panels<T>& out, int64_t p, const T* w, const T* bias, int g
     }
     int64_t k = 0;
     if (valid == lanes) {
-      for (; k + kBlockDepth<T> <= K; k += kBlockDepth<T>) transpose_block(&out.at(p, k, v, 0), out.width(), w + row0 * K + k, K);
+      for (; k + kBlockDepth<T> <= K; k += kBlockDepth<T>)
+        transpose_block(&out.at(p, k, v, 0), out.width(), w + row0 * K + k, K);
     }
     for (; k < out.depth; ++k) {
       const int n = k < K ? valid : 0;

@@ -40,7 +40,8 @@ struct Group {
   int64_t time_after(int64_t t) const { return reverse ? t - 1 : t + 1; }
 };
 
-// How a team of threads divides the work: groups side by side, batch rows (no barrier), hidden units (a barrier a step).
+// How a team of threads divides the work: groups side by side, batch rows (no barrier), hidden units (a barrier a
+// step).
 struct Plan {
   int threads;
   int group_parts, row_parts, unit_parts;  // their product is at most `threads`
@@ -54,13 +55,13 @@ struct ForwardArgs {
   int64_t I, H;
   int G;
   const Group* groups;
-  const void* x;                // row (t, b) at t * x_stride_t + b * x_stride_b elements
+  const void* x;  // row (t, b) at t * x_stride_t + b * x_stride_b elements
   int64_t x_stride_t, x_stride_b;
-  const void *h0, *c0;          // [G, B, H] or null (zeros)
-  void* y;                      // [N, G H]
-  void *h_n, *c_n;              // [G, B, H]
-  void* gates;                  // [G, N, saved Hp] accumulate type, or null: nothing is saved
-  void* cells;                  // [G, N, Hp] accumulate type, likewise, for cells with a second state
+  const void *h0, *c0;  // [G, B, H] or null (zeros)
+  void* y;              // [N, G H]
+  void *h_n, *c_n;      // [G, B, H]
+  void* gates;          // [G, N, saved Hp] accumulate type, or null: nothing is saved
+  void* cells;          // [G, N, Hp] accumulate type, likewise, for cells with a second state
   void* workspace;
 };
 
@@ -73,7 +74,7 @@ struct BackwardArgs {
   int64_t I, H;
   int G;
   const Group* groups;
-  const void* x;                    // as in ForwardArgs
+  const void* x;  // as in ForwardArgs
   int64_t x_stride_t, x_stride_b;
   const void *h0, *c0;
   const void* y;                    // [N, G H]
@@ -89,7 +90,7 @@ struct BackwardArgs {
   bool wants_dw_hh() const { return wants(&GroupGradients::dw_hh); }
 
  private:
-  bool wants(void* GroupGradients::*gradient) const {
+  bool wants(void* GroupGradients::* gradient) const {
     for (int g = 0; g < G; ++g) {
       if (gradients[g].*gradient) return true;
     }

@@ -124,10 +124,10 @@ template <class T>
 struct ProductsLayout {
   using A = Acc<T>;
   struct GroupBuffers {
-    Panels<T> w_ih;                // by columns, for dx
-    T *dgates_x, *dgates_h;        // [N, depth], the same where the cell's two kinds are
+    Panels<T> w_ih;          // by columns, for dx
+    T *dgates_x, *dgates_h;  // [N, depth], the same where the cell's two kinds are
     RowPanels<T> h;
-    const T** h_rows;              // [N]
+    const T** h_rows;  // [N]
   };
 
   ProductsLayout(Arena& arena, const BackwardArgs& args, const Plan& plan, int gates, bool shared, int thread_index)
@@ -165,9 +165,9 @@ struct ProductsLayout {
   RowPanels<T> x;
   const T** x_rows;
   GroupBuffers group[kMaxGroups];
-  T* lhs = nullptr;     // [kTaskRows, kSpan] of this thread: dgates transposed
-  A* sums = nullptr;    // [kTaskRows]
-  A* stage = nullptr;   // [panels][kTaskRows][width]: the C of a task
+  T* lhs = nullptr;    // [kTaskRows, kSpan] of this thread: dgates transposed
+  A* sums = nullptr;   // [kTaskRows]
+  A* stage = nullptr;  // [panels][kTaskRows][width]: the C of a task
 };
 
 template <class T>
@@ -222,7 +222,8 @@ class Products {
     for (int64_t i = team_.next_task(); i < tasks; i = team_.next_task()) {
       if (i < weight_tasks) {
         const int64_t m0 = i % blocks * rows;
-        weight_gradient(static_cast<int>(i / blocks / kinds), i / blocks % kinds == 1, m0, M - m0 < rows ? M - m0 : rows);
+        weight_gradient(static_cast<int>(i / blocks / kinds), i / blocks % kinds == 1, m0,
+                        M - m0 < rows ? M - m0 : rows);
       } else {
         const int64_t n0 = (i - weight_tasks) * kTaskRows;
         input_gradient(n0, seq_.N - n0 < kTaskRows ? seq_.N - n0 : kTaskRows);
@@ -267,10 +268,11 @@ class Products {
       for (int g = 0; g < args_.G; ++g) {
         const Panels<T>& w = layout_.group[g].w_ih;
         const T* const next = w.panel(p + 1 < x.panels ? p + 1 : 0);
-        multiply_deep(layout_.group[g].dgates_x + n0 * layout_.depth, layout_.depth, rows, w.panel(p), layout_.depth, x.nv,
-                      g ? layout_.stage : kZeros, g ? x.width() : 0, layout_.stage, next);
+        multiply_deep(layout_.group[g].dgates_x + n0 * layout_.depth, layout_.depth, rows, w.panel(p), layout_.depth,
+                      x.nv, g ? layout_.stage : kZeros, g ? x.width() : 0, layout_.stage, next);
       }
-      for (int64_t r = 0; r < rows; ++r) store_panel(dx + (n0 + r) * args_.I, args_.I, layout_.stage + r * x.width(), p, x.nv);
+      for (int64_t r = 0; r < rows; ++r)
+        store_panel(dx + (n0 + r) * args_.I, args_.I, layout_.stage + r * x.width(), p, x.nv);
     }
   }
 
@@ -373,8 +375,8 @@ class Products {
     for (int64_t p = 0; p < right.panels; ++p) {
       A* const c = stage + p * kTaskRows * right.width();
       const T* const next = right.panel(p + 1 < right.panels ? span : 0, p + 1 < right.panels ? p + 1 : 0);
-      multiply_rows(layout_.lhs, K, rows, right.panel(span, p), K, right.nv, span ? c : kZeros, span ? right.width() : 0, c,
-                    next);
+      multiply_rows(layout_.lhs, K, rows, right.panel(span, p), K, right.nv, span ? c : kZeros,
+                    span ? right.width() : 0, c, next);
     }
   }
 

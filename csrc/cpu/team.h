@@ -56,8 +56,8 @@ struct Range {
 
 constexpr Range split(int64_t n, int parts, int part) { return {n * part / parts, n * (part + 1) / parts}; }
 
-// Panels are visited up in one step and down in the next: weights a little too large for a cache then still find most of
-// themselves in it.
+// Panels are visited up in one step and down in the next: weights a little too large for a cache then still find most
+// of themselves in it.
 struct Sweep {
   int64_t first, end, stride;
   Sweep(Range panels, int64_t step)
@@ -66,8 +66,8 @@ struct Sweep {
         stride(step & 1 ? -1 : 1) {}
 };
 
-// One thread's part of a plan, no groups for a thread too many. Rows are dealt out in turn (row_part, row_part + row_parts, ...), which stays balanced
-// when rows sorted by length fall silent.
+// One thread's part of a plan, no groups for a thread too many. Rows are dealt out in turn (row_part, row_part +
+// row_parts, ...), which stays balanced when rows sorted by length fall silent.
 struct Share {
   int group_begin, group_end;
   int row_part, row_parts, unit_part, unit_parts;

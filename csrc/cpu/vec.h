@@ -1,5 +1,6 @@
-// SIMD vectors of the instruction set being compiled for, through the compiler's own vector types: one text for AVX-512,
-// AVX2, SSE2 and NEON. Included only by kernels.cpp, once per instruction set, inside that set's own namespace.
+// SIMD vectors of the instruction set being compiled for, through the compiler's own vector types: one text for
+// AVX-512, AVX2, SSE2 and NEON. Included only by kernels.cpp, once per instruction set, inside that set's own
+// namespace.
 #pragma once
 
 #include <cstdint>
@@ -130,7 +131,8 @@ template <>
 struct Exp<double> {
   using Int = int64_t;
   static constexpr double max = 707.0, tanh_max = 20.0, magic = 6755399441055744.0;
-  static constexpr double log2e = 1.4426950408889634074, ln2_hi = 0.69314718036912381649, ln2_lo = 1.9082149292705877e-10;
+  static constexpr double log2e = 1.4426950408889634074, ln2_hi = 0.69314718036912381649,
+                          ln2_lo = 1.9082149292705877e-10;
   static constexpr int mantissa = 52, bias = 1023;
   static constexpr double q[] = {0.5000000000000005186,   0.1666666666666658959,   0.04166666666657670182,
                                  0.008333333333389336218, 0.001388888893157814561, 0.0001984126971950016528,
