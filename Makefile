@@ -1,5 +1,5 @@
 # Every target sets up what it needs, on a machine with Python >= 3.10 and a C++17 compiler:
-#   make demo | test | bench | lint | clean
+#   make demo | test | bench | lint | sanitize | clean
 # PYTHON chooses the interpreter, PIP_EXTRA adds options to pip, PYTEST_ARGS and DEMO_ARGS and
 # BENCH_ARGS go to what they name.
 
@@ -16,9 +16,9 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check $(PIP_EXTRA) -c cons
 TORCH := torch==2.13.0
 
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
-CXX_FILES := $(filter-out setup.py,$(SOURCES)) $(wildcard tests/sanitize/*.cpp)
+CXX_FILES := $(filter-out setup.py,$(SOURCES)) $(wildcard tests/sanitize/*.cpp tests/sanitize/*.h)
 
-.PHONY: demo test bench lint build clean
+.PHONY: demo test bench lint sanitize build clean
 .DELETE_ON_ERROR:
 
 demo: build $(VENV)/stamp-demo
@@ -37,6 +37,10 @@ lint: $(VENV)/stamp-dev
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+# The kernels in a C++ program of their own, watched by the compiler's sanitizers.
+sanitize: $(VENV)/stamp-tools
+	PYTHON=$(PY) tests/sanitize/run.sh
 
 build: $(VENV)/stamp-build
 

@@ -93,13 +93,13 @@ def compile_units(sets: dict[str, list[str]], sources: list[str]) -> list[Unit]:
     return units
 
 
-def ninja_text(compiler: list[str], units: list[Unit], library: str) -> str:
+def ninja_text(compiler: list[str], units: list[Unit], target: str, kind: list[str]) -> str:
     def words(*lists: list[str]) -> str:
         return shlex.join([word for words in lists for word in words]).replace("$", "$$")
 
     own = shlex.split(os.environ.get("CXXFLAGS", ""))
     libraries = shlex.split(os.environ.get("LDFLAGS", ""))
-    folder = Path(library).parent.as_posix()
+    folder = Path(target).parent.as_posix()
     lines = [
         f"builddir = {folder}",  # where ninja keeps its log
         "rule compile",
@@ -108,13 +108,13 @@ def ninja_text(compiler: list[str], units: list[Unit], library: str) -> str:
         "  deps = gcc",
         "  description = compile $out",
         "rule link",
-        f"  command = {words(compiler, ['-shared'], LANGUAGE, own)} $in -o $out {words(libraries)}",
+        f"  command = {words(compiler, kind, LANGUAGE, own)} $in -o $out {words(libraries)}",
         "  description = link $out",
     ]
     for unit in units:
         lines.append(f"build {folder}/{unit.target}: compile {unit.source}")
         lines.append(f"  flags = {words(unit.flags, own)}")
-    lines.append(f"build {library}: link {' '.join(f'{folder}/{unit.target}' for unit in units)}")
+    lines.append(f"build {target}: link {' '.join(f'{folder}/{unit.target}' for unit in units)}")
     return "\n".join(lines) + "\n"
 
 
@@ -127,7 +127,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools is untyped
         (ROOT / library).parent.mkdir(parents=True, exist_ok=True)
         units = compile_units(instruction_sets(compiler), sorted(ext.sources))
         script = library.with_name("build.ninja")
-        (ROOT / script).write_text(ninja_text(compiler, units, library.as_posix()))
+        (ROOT / script).write_text(ninja_text(compiler, units, library.as_posix(), ["-shared"]))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         ninja = [sys.executable, "-m", "ninja", "-f", str(script), *jobs]
         subprocess.run(ninja, cwd=ROOT, check=True)
@@ -140,8 +140,14 @@ def files(pattern: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
 
 
-sources = [*files("csrc/*.cpp"), *files("csrc/cpu/*.cpp")]
-setup(
-    ext_modules=[Extension("fastrnn._C", sources=sources, depends=files("csrc/**/*.h"))],
-    cmdclass={"build_ext": NinjaBuild},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension(
+                "fastrnn._C",
+                sources=[*files("csrc/*.cpp"), *files("csrc/cpu/*.cpp")],
+                depends=files("csrc/**/*.h"),
+            )
+        ],
+        cmdclass={"build_ext": NinjaBuild},
+    )
