@@ -88,7 +88,9 @@ class _Cpu:
             return "an empty batch leaves the kernels nothing to do"
         return None
 
-    def saved_shapes(self, problem: Problem, rows: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def saved_shapes(
+        self, problem: Problem, rows: int
+    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shapes of what forward saves: post-activation gates, and cell states where there are."""
         dtype = _accumulate_dtype(problem.dtype)
         units = _padded(problem.H)
