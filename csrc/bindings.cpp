@@ -136,10 +136,12 @@ void prepare_pages(const Call& call, const BackwardArgs& args, int64_t workspace
   prefer_huge_pages(args.workspace, workspace);
 }
 
+// Runs the kernel and returns 0, or, where `bytes` of workspace are too few, only returns how many it takes.
 template <class Args>
-void run(const Call& call, const Args& args, int64_t workspace) {
+int64_t run(const Call& call, const Args& args, int64_t bytes) {
   using D = Direction<Args>;
-  require(workspace >= workspace_bytes(call, args), "the workspace is too small");
+  const int64_t needed = workspace_bytes(call, args);
+  if (bytes < needed || !args.workspace) return needed;
   struct Context {
     const Args& args;
     void (*body)(const Args&, const Plan&, const Team&, int);
@@ -150,27 +152,14 @@ void run(const Call& call, const Args& args, int64_t workspace) {
     team_body(team_args, plan, team, thread);
   };
   const py::gil_scoped_release release;
-  prepare_pages(call, args, workspace);
+  prepare_pages(call, args, needed);
   for (int threads : {call.threads, 1}) {
-    if (launch(D::make_plan(call.table, call.cell, call.dtype, threads, args), body, &context)) return;
+    if (launch(D::make_plan(call.table, call.cell, call.dtype, threads, args), body, &context)) break;
   }
+  return 0;
 }
 
-int64_t forward_bytes(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int G,
-                      bool save) {
-  ForwardArgs args{};
-  args.seq = {T, B, N, nullptr, nullptr};
-  args.I = I;
-  args.H = H;
-  args.G = G;
-  const std::vector<Group> groups(static_cast<size_t>(std::max(G, 0)));
-  args.groups = groups.data();
-  require(G >= 1 && G <= kMaxGroups, "there may be 1 to " + std::to_string(kMaxGroups) + " groups");
-  args.gates = save ? &args : nullptr;
-  return workspace_bytes(Call(cell, dtype, threads), args);
-}
-
-void forward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
+int64_t forward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
              const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address x,
              int64_t x_stride_t, int64_t x_stride_b, Address h0, Address c0, Address y, Address h_n, Address c_n,
              Address gates, Address cells, Address workspace, int64_t bytes) {
@@ -178,7 +167,7 @@ void forward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, 
   const Steps steps(T, B, N, batch_sizes);
   const std::vector<Group> groups = make_groups(weights, reverse);
   require(I > 0 && H > 0, "I and H must be positive");
-  require(x && y && h_n && workspace, "x, y, h_n and the workspace must be given");
+  require(x && y && h_n, "x, y and h_n must be given");
   require(call.cell.states == 1 || c_n, "c_n must be given");
   require(call.cell.states == 1 || !gates == !cells, "gates and cells are saved together");
   ForwardArgs args{};
@@ -198,7 +187,7 @@ void forward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, 
   args.gates = pointer(gates);
   args.cells = pointer(cells);
   args.workspace = pointer(workspace);
-  run(call, args, bytes);
+  return run(call, args, bytes);
 }
 
 std::vector<GroupGradients> make_gradients(const std::vector<Address>& addresses, size_t groups) {
@@ -211,23 +200,7 @@ std::vector<GroupGradients> make_gradients(const std::vector<Address>& addresses
   return gradients;
 }
 
-int64_t backward_bytes(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
-                       Address dx, Address dh0, const std::vector<Address>& dweights) {
-  const size_t G = dweights.size() / 4;
-  require(G >= 1 && G <= kMaxGroups, "there may be 1 to " + std::to_string(kMaxGroups) + " groups");
-  const std::vector<GroupGradients> gradients = make_gradients(dweights, G);
-  BackwardArgs args{};
-  args.seq = {T, B, N, nullptr, nullptr};
-  args.I = I;
-  args.H = H;
-  args.G = static_cast<int>(G);
-  args.dx = pointer(dx);
-  args.dh0 = pointer(dh0);
-  args.gradients = gradients.data();
-  return workspace_bytes(Call(cell, dtype, threads), args);
-}
-
-void backward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
+int64_t backward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
               const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address x,
               int64_t x_stride_t, int64_t x_stride_b, Address h0, Address c0, Address y, Address gates, Address cells,
               Address dy, Address dh_n, Address dc_n, Address dx, Address dh0, Address dc0,
@@ -237,7 +210,7 @@ void backward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N,
   const std::vector<Group> groups = make_groups(weights, reverse);
   const std::vector<GroupGradients> gradients = make_gradients(dweights, groups.size());
   require(I > 0 && H > 0, "I and H must be positive");
-  require(x && y && gates && workspace, "x, y, gates and the workspace must be given");
+  require(x && y && gates, "x, y and gates must be given");
   require(call.cell.states == 1 || cells, "cells must be given");
   BackwardArgs args{};
   args.seq = steps.seq;
@@ -261,7 +234,7 @@ void backward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N,
   args.dc0 = pointer(dc0);
   args.gradients = gradients.data();
   args.workspace = pointer(workspace);
-  run(call, args, bytes);
+  return run(call, args, bytes);
 }
 
 double fma_peak(int threads, double seconds) {
@@ -310,8 +283,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
   m.def("use_isa", &use_isa, "Use this instruction set from now on, in the whole process.");
   m.def("fma_peak", &fma_peak, "Measured float32 multiply-add rate of that many threads together, GF/s.");
-  m.def("forward_bytes", &forward_bytes, "Size of forward's workspace.");
-  m.def("forward", &forward);
-  m.def("backward_bytes", &backward_bytes, "Size of backward's workspace.");
-  m.def("backward", &backward);
+  m.def("forward", &forward, "0 when done, else the bytes of workspace that it takes.");
+  m.def("backward", &backward, "0 when done, else the bytes of workspace that it takes.");
 }

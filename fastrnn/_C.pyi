@@ -14,19 +14,6 @@ def isas() -> list[str]: ...
 def isa() -> str: ...
 def use_isa(name: str, /) -> None: ...
 def fma_peak(threads: int, seconds: float, /) -> float: ...
-def forward_bytes(
-    cell: int,
-    dtype: int,
-    threads: int,
-    T: int,
-    B: int,
-    N: int,
-    I: int,
-    H: int,
-    G: int,
-    save: bool,
-    /,
-) -> int: ...
 def forward(
     cell: int,
     dtype: int,
@@ -51,20 +38,6 @@ def forward(
     cells: int,
     workspace: int,
     bytes: int,
-    /,
-) -> None: ...
-def backward_bytes(
-    cell: int,
-    dtype: int,
-    threads: int,
-    T: int,
-    B: int,
-    N: int,
-    I: int,
-    H: int,
-    dx: int,
-    dh0: int,
-    dweights: Sequence[int],
     /,
 ) -> int: ...
 def backward(
@@ -97,4 +70,4 @@ def backward(
     workspace: int,
     bytes: int,
     /,
-) -> None: ...
+) -> int: ...

@@ -7,7 +7,7 @@ here by torch.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,18 +52,22 @@ class _Workspace(threading.local):
     Each thread has its own, and no call leaves anything in it for the next.
     """
 
-    _KEEP = 64 << 20  # bytes; a larger one goes back at once
+    def __init__(self, keep: int = 64 << 20) -> None:
+        self._most = keep  # bytes; a larger one goes back at once
+        self._keep(torch.empty(0, dtype=torch.uint8))
 
-    def __init__(self) -> None:
-        self._kept = torch.empty(0, dtype=torch.uint8)
+    def run(self, kernel: Callable[..., int], *arguments: object) -> None:
+        """Call `kernel` with scratch memory; it answers how much it takes if that is too little."""
+        needed = kernel(*arguments, self._start, self._size)
+        if not needed:
+            return
+        fresh = torch.empty(needed, dtype=torch.uint8)
+        if needed <= self._most:
+            self._keep(fresh)
+        kernel(*arguments, fresh.data_ptr(), needed)
 
-    def take(self, size: int) -> Tensor:
-        if size <= self._kept.numel():
-            return self._kept
-        fresh = torch.empty(size, dtype=torch.uint8)
-        if size <= self._KEEP:
-            self._kept = fresh
-        return fresh
+    def _keep(self, memory: Tensor) -> None:
+        self._memory, self._start, self._size = memory, memory.data_ptr(), memory.numel()
 
 
 _workspace = _Workspace()
@@ -123,9 +127,8 @@ class _Cpu:
         if save:
             shapes = self.saved_shapes(problem, N)
             saved = [torch.empty(shape, dtype=kind) for shape, kind in shapes]
-        size = _C.forward_bytes(code, dtype, threads, T, B, N, I, H, G, save)
-        workspace = _workspace.take(size)
-        _C.forward(
+        _workspace.run(
+            _C.forward,
             code,
             dtype,
             threads,
@@ -147,8 +150,6 @@ class _Cpu:
             _address(c_n),
             saved[0].data_ptr() if save else 0,
             saved[1].data_ptr() if len(saved) > 1 else 0,
-            workspace.data_ptr(),
-            size,
         )
         return y, h_n, c_n, saved
 
@@ -185,9 +186,8 @@ class _Cpu:
         ]
         sizes = (code, dtype, threads, T, B, N, I, H)
         outputs = [_address(d) for d in dweights]
-        size = _C.backward_bytes(*sizes, _address(dx), _address(dh0), outputs)
-        workspace = _workspace.take(size)
-        _C.backward(
+        _workspace.run(
+            _C.backward,
             *sizes,
             reverse,
             [_address(w) for w in weights],
@@ -207,8 +207,6 @@ class _Cpu:
             _address(dh0),
             _address(dc0),
             outputs,
-            workspace.data_ptr(),
-            size,
         )
         grads = [dx, dh0, dc0, *dweights]
         return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
