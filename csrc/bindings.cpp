@@ -160,9 +160,9 @@ int64_t run(const Call& call, const Args& args, int64_t bytes) {
 }
 
 int64_t forward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
-             const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address x,
-             int64_t x_stride_t, int64_t x_stride_b, Address h0, Address c0, Address y, Address h_n, Address c_n,
-             Address gates, Address cells, Address workspace, int64_t bytes) {
+                const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address x,
+                int64_t x_stride_t, int64_t x_stride_b, Address h0, Address c0, Address y, Address h_n, Address c_n,
+                Address gates, Address cells, Address workspace, int64_t bytes) {
   const Call call(cell, dtype, threads);
   const Steps steps(T, B, N, batch_sizes);
   const std::vector<Group> groups = make_groups(weights, reverse);
@@ -201,10 +201,10 @@ std::vector<GroupGradients> make_gradients(const std::vector<Address>& addresses
 }
 
 int64_t backward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
-              const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address x,
-              int64_t x_stride_t, int64_t x_stride_b, Address h0, Address c0, Address y, Address gates, Address cells,
-              Address dy, Address dh_n, Address dc_n, Address dx, Address dh0, Address dc0,
-              const std::vector<Address>& dweights, Address workspace, int64_t bytes) {
+                 const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address x,
+                 int64_t x_stride_t, int64_t x_stride_b, Address h0, Address c0, Address y, Address gates,
+                 Address cells, Address dy, Address dh_n, Address dc_n, Address dx, Address dh0, Address dc0,
+                 const std::vector<Address>& dweights, Address workspace, int64_t bytes) {
   const Call call(cell, dtype, threads);
   const Steps steps(T, B, N, batch_sizes);
   const std::vector<Group> groups = make_groups(weights, reverse);

@@ -66,8 +66,8 @@ int panel_vectors(int most, int64_t vectors, int threads, int64_t B) {
 }
 
 // `input_depth` is that of other weights which take turns with these in the cache.
-Step make_step(const KernelTable& table, Dtype dtype, int64_t B, int64_t H, int64_t depth, int64_t input_depth, int vectors,
-               int nv) {
+Step make_step(const KernelTable& table, Dtype dtype, int64_t B, int64_t H, int64_t depth, int64_t input_depth,
+               int vectors, int nv) {
   const int lanes = table.lanes[static_cast<int>(dtype)];
   const double element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
   const int64_t panels = ceil_div(ceil_div(H, lanes), vectors);
@@ -80,7 +80,8 @@ Step make_step(const KernelTable& table, Dtype dtype, int64_t B, int64_t H, int6
 Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, int threads, const ForwardArgs& args) {
   const int64_t vectors = ceil_div(args.H, table.lanes[static_cast<int>(dtype)]);
   const int unit_vectors = panel_vectors(std::max(1, 4 / cell.gates), vectors, threads, args.seq.B);
-  const Step step = make_step(table, dtype, args.seq.B, args.H, args.H, args.I, unit_vectors, unit_vectors * cell.gates);
+  const Step step =
+      make_step(table, dtype, args.seq.B, args.H, args.H, args.I, unit_vectors, unit_vectors * cell.gates);
   Plan plan = divide(step, args.G, threads);
   plan.panel_vectors = unit_vectors;
   plan.chunk = std::max<int64_t>(1, kChunkRows * plan.unit_parts / ceil_div(args.seq.B, plan.row_parts));
