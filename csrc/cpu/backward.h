@@ -111,7 +111,9 @@ class BackwardScan {
       const int64_t rows = share_.count(seq_.active(group_.step_to_time(0, seq_.T)));
       for_each_run(rows, -1, [&](int64_t j0, int n, int64_t p) { initial_gradient(j0, 0, n, p); });
     }
-    if (dc0_) store_state_gradient(1, dc0_);
+    if constexpr (Cell::states > 1) {
+      if (dc0_) store_state_gradient(1, dc0_);
+    }
   }
 
  private:
