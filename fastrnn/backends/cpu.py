@@ -25,7 +25,6 @@ else:
     _CELLS = _C.cells()
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-_UNIT_PAD = 16
 
 Weights = Sequence[Tensor | None]
 
@@ -43,7 +42,7 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _padded(units: int) -> int:
-    return -(-units // _UNIT_PAD) * _UNIT_PAD
+    return -(-units // _C.unit_pad) * _C.unit_pad
 
 
 class _Workspace(threading.local):
@@ -88,6 +87,8 @@ class _Cpu:
             return f"no kernel for the cell {problem.cell.name}"
         if problem.P:
             return "proj_size is not supported by the kernels"
+        if problem.G > _C.max_groups:
+            return f"the kernels take at most {_C.max_groups} groups, not {problem.G}"
         if problem.B == 0:
             return "an empty batch leaves the kernels nothing to do"
         return None
