@@ -9,91 +9,101 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backends import BACKENDS, Weights, choose
-from .cells import CELLS
+from .backends import BACKENDS, Grads, Inputs, Outputs, Problem, by_name, choose
 
-Outputs = tuple[Tensor, Tensor, Tensor | None]
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class _Once(torch.autograd.Function):
-    """Gradients that raise when they are differentiated again, by whatever they depend on.
-
-    torch's once_differentiable does not: where the incoming gradient is a constant, as that of a
-    sum is, or where another path leads to the input, second derivatives are silently left out.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise RuntimeError(
-            "the gradient of a fastrnn kernel cannot be differentiated again; run the forward "
-            'pass under fastrnn.backend("reference"), which can'
-        )
-
-
 class Scan(torch.autograd.Function):
-    """A layer on a backend with a backward pass of its own, which cannot be differentiated."""
+    """A layer on a backend with a backward pass of its own.
+
+    Its gradients are differentiable too: where a graph of them is asked for (``create_graph``),
+    they are computed by the plain torch backend instead.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        cell: str,
         backend: str,
-        reverse: list[bool],
-        batch: int,
+        problem: Problem,
         x: Tensor,
         batch_sizes: Tensor | None,
+        lengths: Tensor | None,
+        reset: Tensor | None,
         h0: Tensor | None,
         c0: Tensor | None,
+        h_reset: Tensor | None,
+        c_reset: Tensor | None,
         *weights: Tensor | None,
-    ) -> Outputs:
-        given = (x, h0, c0, *weights)
-        run = ops.forward if _unwatched(given) else torch.ops.fastrnn.forward.default
-        y, h_n, c_n, *saved = run(
-            cell, backend, x, batch_sizes, h0, c0, weights, reverse, batch, True
-        )
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        inputs = Inputs(x, batch_sizes, lengths, reset, (h0, c0, h_reset, c_reset), weights)
+        y, h_n, c_n, c, saved = run_forward(backend, problem, inputs, True)
         ctx.set_materialize_grads(False)
-        ctx.call = cell, backend, reverse, batch
-        ctx.save_for_backward(x, batch_sizes, h0, c0, *weights, y, *saved)
-        ctx.weights = len(weights)
-        return y, h_n, c_n if CELLS[cell].states > 1 else None
+        ctx.backend, ctx.problem, ctx.weights = backend, problem, len(weights)
+        ctx.save_for_backward(
+            x, batch_sizes, lengths, reset, h0, c0, h_reset, c_reset, *weights, y, *saved
+        )
+        return y, h_n, c_n, c
 
     @staticmethod
     def backward(
-        ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
+        ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dc: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        cell, backend, reverse, batch = ctx.call
-        x, batch_sizes, h0, c0, *rest = ctx.saved_tensors
-        weights, y, saved = rest[: ctx.weights], rest[ctx.weights], rest[ctx.weights + 1 :]
-        _, _, _, _, need_x, _, *need_rest = ctx.needs_input_grad
-        needs = [need_x, *need_rest]
-        if dy is None and dh_n is None and dc_n is None:
+        grads = Grads(dy, dh_n, dc_n, dc)
+        if dy is None and dh_n is None and dc_n is None and dc is None:
             return (None,) * len(ctx.needs_input_grad)
-        if not torch.compiler.is_compiling() and any(map(_is_batched, (dy, dh_n, dc_n))):
-            inputs = (x, h0, c0, *weights)
-            call = (cell, batch_sizes, reverse, batch)
-            return _batched_backward(call, inputs, needs, (dy, dh_n, dc_n))
+        tensors, end = ctx.saved_tensors, 8 + ctx.weights
+        x, batch_sizes, lengths, reset = tensors[:4]
+        inputs = Inputs(x, batch_sizes, lengths, reset, tensors[4:8], tensors[8:end])
+        _, _, need_x, _, _, _, *need_rest = ctx.needs_input_grad
+        needs = [need_x, *need_rest]
+        if not torch.compiler.is_compiling():
+            differentiable = torch.is_grad_enabled()
+            if differentiable or any(map(_is_batched, grads)):
+                return _placed(_plain_backward(ctx.problem, inputs, grads, needs), needs)
         with torch.no_grad():
-            given = (dy, dh_n, dc_n, x, h0, c0, *rest)
-            run = ops.backward if _unwatched(given) else torch.ops.fastrnn.backward.default
-            grads = run(
-                cell, backend, dy, dh_n, dc_n,
-                x, batch_sizes, h0, c0, weights, reverse, batch, y, saved, needs,
-            )  # fmt: skip
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _Once.apply(len(grads), *grads, *given)  # type: ignore[no-untyped-call]
-        return _placed(grads, needs)
+            y, *saved = tensors[end:]
+            return _placed(
+                run_backward(ctx.backend, ctx.problem, inputs, y, saved, grads, needs), needs
+            )
+
+
+def run_forward(backend: str, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
+    """A backend's forward pass, through the operator if anyone watches."""
+    if _unwatched(inputs):
+        return by_name(backend).forward(problem, inputs, save)
+    tensors = torch.ops.fastrnn.forward.default(
+        problem.cell.name, backend, *inputs, problem.reverse, problem.B, save, problem.all_states
+    )
+    return ops.structured(problem, tensors)
+
+
+def run_backward(
+    backend: str,
+    problem: Problem,
+    inputs: Inputs,
+    y: Tensor,
+    saved: list[Tensor],
+    grads: Grads,
+    needs: Sequence[bool],
+    samples: int = 1,
+) -> list[Tensor]:
+    """A backend's backward pass, through the operator if anyone watches."""
+    if _unwatched(inputs) and _unwatched((*grads, y)):
+        with torch._C._DisableAutocast():
+            return by_name(backend).backward(problem, inputs, y, saved, grads, needs, samples)
+    found: list[Tensor] = torch.ops.fastrnn.backward.default(
+        problem.cell.name, backend, *inputs, problem.reverse, problem.B, y, saved, grads, needs,
+        samples,
+    )  # fmt: skip
+    return found
 
 
 def _placed(grads: Iterable[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The needed gradients where Scan.forward has its arguments."""
     each = iter(grads)
     dx, *others = (next(each) if needed else None for needed in needs)
-    return None, None, None, None, dx, None, *others
+    return None, None, dx, None, None, None, *others
 
 
 def _is_batched(grad: Tensor | None) -> bool:
@@ -103,70 +113,80 @@ def _is_batched(grad: Tensor | None) -> bool:
     return wrapped or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
-def _batched_backward(
-    call: tuple[str, Tensor | None, list[bool], int],
-    inputs: tuple[Tensor | None, ...],
-    needs: Sequence[bool],
-    grads: tuple[Tensor | None, ...],
-) -> tuple[Tensor | None, ...]:
-    """Many incoming gradients at once (``is_grads_batched``, vectorized Jacobians) have no memory
-    that a kernel could read: the layer runs again in plain torch, which differentiates so."""
-    cell, batch_sizes, reverse, batch = call
+def _plain_backward(
+    problem: Problem, inputs: Inputs, grads: Grads, needs: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients through the plain torch backend, which runs the layer again.
+
+    They can be differentiated further, and many incoming gradients at once (``is_grads_batched``,
+    vectorized Jacobians), which have no memory that a kernel could read, pass through it.
+    """
     plain = next(b for b in BACKENDS if b.differentiable)
+    differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = [
-            None if t is None else t.detach().requires_grad_(needed)
-            for t, needed in zip(inputs, needs, strict=True)
-        ]
-        x, h0, c0, *weights = leaves
-        assert x is not None
-        problem = ops.describe(cell, x, batch_sizes, weights, reverse, batch, True)
-        *outputs, _ = plain.forward(problem, x, batch_sizes, h0, c0, weights, reverse, False)
-    used = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
-    wanted = [t for t in leaves if t is not None and t.requires_grad]
-    found = torch.autograd.grad(
-        [o for o, _ in used], wanted, [g for _, g in used], materialize_grads=True
+        # A tensor that is given twice has a gradient for each of its places.
+        x, states, weights = (
+            inputs.x.view_as(inputs.x),
+            _places(inputs.states),
+            _places(inputs.weights),
+        )
+        given = inputs._replace(x=x, states=states, weights=weights)
+        *outputs, _ = plain.forward(problem, given, False)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
+    places = zip((x, *states, *weights), needs, strict=True)
+    wanted = [t for t, needed in places if needed and t is not None]
+    return list(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            create_graph=differentiable,
+            materialize_grads=True,
+        )
     )
-    return _placed(found, needs)
+
+
+def _places(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.view_as(t) for t in tensors]
 
 
 def scan(
-    cell: str,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Weights,
-    reverse: Sequence[bool],
-    batch: int,
-) -> Outputs:
-    """Run one layer on the backend chosen for it: y, h_n, c_n (None for cells without).
+    cell: str, inputs: Inputs, reverse: Sequence[bool], batch: int, all_states: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Run one layer on the backend chosen for it: y, h_n, c_n and c.
 
     The arguments are those of :class:`fastrnn.backends.Backend`, already checked.
     """
-    given = (x, h0, c0, *weights)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    problem = ops.describe(cell, x, batch_sizes, weights, reverse, batch, grad)
-    backend = choose(problem)
-    if backend.differentiable or (not grad and _unwatched(given)):
-        y, h_n, c_n, _ = backend.forward(problem, x, batch_sizes, h0, c0, weights, reverse, False)
-        return y, h_n, c_n
-    if grad:
-        outputs: Outputs = Scan.apply(  # type: ignore[no-untyped-call]
-            cell, backend.name, list(reverse), batch, x, batch_sizes, h0, c0, *weights
-        )
-        return outputs
-    y, h_n, c_n = torch.ops.fastrnn.forward.default(
-        cell, backend.name, x, batch_sizes, h0, c0, weights, reverse, batch, False
+    x, batch_sizes, lengths, reset, states, weights = inputs
+    grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *states, *weights)
     )
-    return y, h_n, c_n if problem.cell.states > 1 else None
+    problem = ops.describe(cell, inputs, reverse, batch, all_states, grad)
+    backend = choose(problem)
+    if backend.differentiable:
+        return backend.forward(problem, inputs, False)[:4]
+    if not grad:
+        return run_forward(backend.name, problem, inputs, False)[:4]
+    outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = Scan.apply(  # type: ignore[no-untyped-call]
+        backend.name, problem, x, batch_sizes, lengths, reset, *states, *weights
+    )
+    return outputs
 
 
-def _unwatched(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a kernel may read the tensors' memory as it is, and nobody watches the dispatcher."""
+def _unwatched(tensors: Iterable[Any]) -> bool:
+    """Whether a kernel may read the memory of `tensors`, among which there may be sequences of
+    tensors, as it is, and nobody watches the dispatcher."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
-        and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors)
+        and all(map(_is_readable, tensors))
     )
+
+
+def _is_readable(t: Any) -> bool:
+    if t is None:
+        return True
+    if type(t) in (tuple, list):
+        return all(map(_is_readable, t))
+    return type(t) in _PLAIN and not t.is_neg()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .backends import BACKENDS, Problem, choose, refusal
+from .backends import BACKENDS, Inputs, Problem, choose, refusal
 from .modules import _Layers, _Step
 
 
@@ -35,6 +35,7 @@ class Explanation:
         sizes = f"T={p.T} B={p.B} I={p.I} H={p.H}" + (f" P={p.P}" if p.P else "")
         kind = f"{p.dtype} on {p.device}".removeprefix("torch.")
         flags = [f"{p.G} directions"] * (p.G > 1) + ["packed"] * p.packed
+        flags += ["lengths"] * p.lengths + ["resets"] * p.reset + ["all states"] * p.all_states
         flags.append("with gradients" if p.grad else "without gradients")
         lines = [f"layer {self.layer}: {p.cell.name} {sizes}, {kind}, {', '.join(flags)}"]
         for backend in BACKENDS:
@@ -53,7 +54,14 @@ class Explanations(tuple[Explanation, ...]):
     __str__ = __repr__
 
 
-def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanations:
+def explain(
+    layer: torch.nn.Module,
+    input: Tensor | PackedSequence,
+    hx: Any = None,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> Explanations:
     """Which backend would serve ``layer(input, hx)``, and the reason of each that would not,
     without running it.
 
@@ -62,6 +70,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
         input: what the layer would be called with.
         hx: the states that it would be called with; they matter only in whether they require a
             gradient.
+        lengths, reset: as the layer would be called with them.
 
     Returns:
         One :class:`Explanation` a layer of the stack; print the result.
@@ -84,11 +93,14 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
     states = [] if hx is None else [hx] if isinstance(hx, Tensor) else list(hx)
     grad = any(t.requires_grad for t in (x, *states))
     found = []
+    states_asked = getattr(layer, "return_states", False)
     for k, flat in enumerate(weights):
         grad = grad or any(w is not None and w.requires_grad for w in flat)
-        problem = ops.describe(layer._cell, x, batch_sizes, flat, reverse, batch, grad)
+        inputs = Inputs(x, batch_sizes, lengths, reset, (None,) * 4, flat)
+        all_states = states_asked and k == len(weights) - 1
+        problem = ops.describe(layer._cell, inputs, reverse, batch, all_states, grad)
         problem = problem._replace(
-            dtype=_computed_in(x), I=flat[0].shape[1], grad=grad and torch.is_grad_enabled()
+            dtype=_computed_in(x), grouped=False, grad=grad and torch.is_grad_enabled()
         )
         found.append(_explain_one(k, problem))
     return Explanations(found)

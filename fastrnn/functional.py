@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
 from .autograd import scan
-from .backends import Weights, check_batch_sizes
+from .backends import Inputs, Weights, check_batch_sizes
 from .cells import CELLS, Cell, States
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -28,7 +28,11 @@ def stack(
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, States]:
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_hx: States | None = None,
+    all_states: bool = False,
+) -> tuple[Tensor, States, Tensor | None]:
     """Layers on top of each other, each reading the output of the one below.
 
     Args:
@@ -40,27 +44,42 @@ def stack(
         weights: one flat list a layer, as for :func:`layer`.
         bidirectional: every layer runs in both directions, their outputs side by side.
         dropout: probability of an output between two layers to be zeroed while `training`.
-        batch_sizes: CPU int64 [T], rows of each step of a packed sequence, longest sequence first.
+        batch_sizes, lengths, reset: as for :func:`layer`.
+        reset_hx: the states that a row takes at a reset, shaped as `hx`, or None for zeros.
+        all_states: return c after every step, for cells that have one.
 
     Returns:
-        The last layer's output [T, B, D*out] or [N, D*out], and the last states, of the shapes of
-        `hx`.
+        The last layer's output [T, B, D*out] or [N, D*out]; the last states, of the shapes of `hx`;
+        and the last layer's c after every step, [T, B, D*H] or [N, D*H], or None.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit together, or the sequence is empty.
+        ValueError: a length is below 0 or above T.
     """
     reverse = (False, True) if bidirectional else (False,)
     groups, layers = len(reverse), len(weights)
     ends: list[States] = []
+    c = None
     for k in range(layers):
-        states = None if hx is None else tuple(s[k * groups : (k + 1) * groups] for s in hx)
-        x, end = layer(cell, x, states, weights[k], reverse, batch_sizes)
+        mine = slice(k * groups, (k + 1) * groups)
+        x, end, c = layer(
+            cell,
+            x,
+            None if hx is None else tuple(s[mine] for s in hx),
+            weights[k],
+            reverse,
+            batch_sizes,
+            lengths=lengths,
+            reset=reset,
+            reset_states=None if reset_hx is None else tuple(s[mine] for s in reset_hx),
+            all_states=all_states and k == layers - 1,
+        )
         ends.append(end)
         if training and dropout and k < layers - 1:
             x = _dropout(x, dropout)
     if layers == 1:
-        return x, ends[0]
-    return x, tuple(torch.cat(s) for s in zip(*ends, strict=True))
+        return x, ends[0], c
+    return x, tuple(torch.cat(s) for s in zip(*ends, strict=True)), c
 
 
 def layer(
@@ -70,41 +89,66 @@ def layer(
     weights: Weights,
     reverse: Sequence[bool] = (False,),
     batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, States]:
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_states: States | None = None,
+    all_states: bool = False,
+) -> tuple[Tensor, States, Tensor | None]:
     """One layer of G groups over one input; group g goes backwards in time where reverse[g].
 
     Args:
         cell: a key of :data:`fastrnn.cells.CELLS`.
-        x: [T, B, I] of any strides, or [N, I] with `batch_sizes`.
+        x: [T, B, I] of any strides, or [N, I] with `batch_sizes`. With G > 1, [T, B, G*I] gives
+            each group columns of its own.
         states: h [G, B, out] and, for cells with one, c [G, B, H]; None for zeros.
         weights: per group w_ih [gates*H, I], w_hh [gates*H, out], b_ih and b_hh [gates*H] or None
             and, with a projection,
             w_hr [P, H]: 4 or 5 entries a group, in torch's gate order.
         reverse: the direction of each group.
-        batch_sizes: CPU int64 [T], rows of each step of a packed sequence.
+        batch_sizes: CPU int64 [T], rows of each step of a packed sequence, longest sequence first.
+        lengths: integers [B] from 0 to T, in any order, on any device, instead of `batch_sizes`:
+            row b has lengths[b] steps. What lies past them is never read; the output is zero there,
+            and the last states are those after the row's own last step.
+        reset: bool [T, B], instead of `batch_sizes`: where it is true, a new sequence begins at
+            step t of row b. Neither state nor gradient crosses the cut between t - 1 and t, in
+            either direction of time: the first step beyond it starts from `reset_states`. A cut at
+            t = 0 replaces the initial state (going forward).
+        reset_states: as `states`; None for zeros.
+        all_states: return c after every step, for cells that have one.
 
     Returns:
-        y [T, B, G*out] or [N, G*out], and the last states.
+        y [T, B, G*out] or [N, G*out], the last states, and c after every step [T, B, G*H] or
+        [N, G*H], or None.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit together, or the sequence is empty.
+        ValueError: a length is below 0 or above T.
     """
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.get_autocast_dtype(x.device.type)
             states = None if states is None else tuple(cast(s, dtype) for s in states)
+            if reset_states is not None:
+                reset_states = tuple(cast(s, dtype) for s in reset_states)
             weights = [None if w is None else cast(w, dtype) for w in weights]
-            return layer(cell, cast(x, dtype), states, weights, reverse, batch_sizes)
+            return layer(
+                cell, cast(x, dtype), states, weights, reverse, batch_sizes, lengths=lengths,
+                reset=reset, reset_states=reset_states, all_states=all_states,
+            )  # fmt: skip
     kind = CELLS[cell]
     batch = _check_input(x, batch_sizes)
     H, out = _check_weights(kind, x, weights, len(reverse))
-    if states is None:
-        h0 = c0 = None
-    else:
-        _check_states(kind, x, states, (len(reverse), batch), H, out)
-        h0, c0 = (states[0], None) if kind.states == 1 else states
-    y, h_n, c_n = scan(cell, x, batch_sizes, h0, c0, weights, reverse, batch)
-    return y, (h_n,) if c_n is None else (h_n, c_n)
+    if lengths is not None or reset is not None:
+        lengths, reset = _check_steps(x, batch_sizes, lengths, reset)
+    lead = (len(reverse), batch)
+    h0, c0 = _check_states(kind, x, states, lead, H, out, "hidden")
+    h_reset, c_reset = _check_states(kind, x, reset_states, lead, H, out, "reset")
+    if reset is None:
+        h_reset = c_reset = None
+    inputs = Inputs(x, batch_sizes, lengths, reset, (h0, c0, h_reset, c_reset), weights)
+    y, h_n, c_n, c = scan(cell, inputs, reverse, batch, all_states)
+    return y, (h_n,) if c_n is None else (h_n, c_n), c
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,7 +184,7 @@ def _check_weights(cell: Cell, x: Tensor, weights: Weights, groups: int) -> tupl
     if each == 5 and cell.states == 1:
         raise RuntimeError(f"{cell.name} has no projection: its only state would change its size")
     w_ih, w_hr = weights[0], weights[4] if each == 5 else None
-    rows = w_ih.shape[0] if w_ih is not None and w_ih.dim() else 0
+    rows, width = w_ih.shape if w_ih is not None and w_ih.dim() == 2 else (0, 0)
     H = rows // cell.gates
     out = w_hr.shape[0] if w_hr is not None and w_hr.dim() else H
     if H == 0 or out == 0 or rows % cell.gates:
@@ -153,6 +197,8 @@ def _check_weights(cell: Cell, x: Tensor, weights: Weights, groups: int) -> tupl
         (rows,),
         (out, H),
     )
+    if x.shape[-1] == groups * width and groups > 1:
+        expected = ((rows, width), *expected[1:])
     dtype, device = x.dtype, x.device
     for k, w in enumerate(weights):
         j = k % each
@@ -167,17 +213,49 @@ def _check_weights(cell: Cell, x: Tensor, weights: Weights, groups: int) -> tupl
     return H, out
 
 
+def _check_steps(
+    x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """`lengths` and `reset` as backends take them."""
+    if batch_sizes is not None:
+        raise RuntimeError("a packed sequence takes neither lengths nor reset")
+    T, B = x.shape[:2]
+    if lengths is not None:
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+            raise RuntimeError(f"lengths must be integers, got {lengths.dtype}")
+        if lengths.shape != (B,):
+            raise RuntimeError(f"Expected lengths size {(B,)}, got {list(lengths.shape)}")
+        lengths = lengths.to(x.device, torch.int64)
+    if reset is not None:
+        if reset.dtype != torch.bool:
+            raise RuntimeError(f"reset must be of dtype torch.bool, got {reset.dtype}")
+        if reset.shape != (T, B):
+            raise RuntimeError(f"Expected reset size {(T, B)}, got {list(reset.shape)}")
+        reset = reset.to(x.device)
+    return lengths, reset
+
+
 def _check_states(
-    cell: Cell, x: Tensor, states: States, lead: tuple[int, int], H: int, out: int
-) -> None:
+    cell: Cell,
+    x: Tensor,
+    states: States | None,
+    lead: tuple[int, int],
+    H: int,
+    out: int,
+    name: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    """h and c."""
+    if states is None:
+        return None, None
     if len(states) != cell.states:
-        raise RuntimeError(f"{cell.name} expects {cell.states} hidden states, got {len(states)}")
+        raise RuntimeError(f"{cell.name} expects {cell.states} {name} states, got {len(states)}")
     for k, state in enumerate(states):
         shape = (*lead, H if k else out)
         if state.shape != shape:
-            raise RuntimeError(f"Expected hidden[{k}] size {shape}, got {list(state.shape)}")
+            raise RuntimeError(f"Expected {name}[{k}] size {shape}, got {list(state.shape)}")
         if state.dtype != x.dtype or state.device != x.device:
-            _raise_mismatch(x, state, "hidden")
+            _raise_mismatch(x, state, name)
+    return states[0], states[1] if cell.states > 1 else None
 
 
 def _raise_mismatch(x: Tensor, other: Tensor, what: str) -> None:

@@ -23,32 +23,88 @@ class _Layers(RNNBase):
 
     _kind: ClassVar[str]
     _rank_text: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
+    return_states: bool = False
 
     def flatten_parameters(self) -> None:
         """Present for compatibility; the kernels read the parameters where they are."""
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_hx: Any = None,
+    ) -> Any:
         """Run the layers over `input`; shapes and errors are those of the class of the same name in
-        torch.nn."""
+        torch.nn. What torch.nn does not have:
+
+        Args:
+            lengths: integers [B], unsorted, zeros allowed, on any device: row b has lengths[b]
+                steps. What lies past them is never read, the output is zero there, and the last
+                states are those after each row's own last step, in both directions.
+            reset: bool [T, B] ([B, T] if batch_first, [T] unbatched): a new sequence begins at step
+                t of row b. Nothing crosses the cut between t - 1 and t, neither states nor
+                gradients, in either direction.
+            reset_hx: the states that rows take at a reset, shaped as hx or with a batch size of 1;
+                None for zeros.
+
+        Raises:
+            ValueError: a length is below 0 or above T.
+            RuntimeError: `lengths` or `reset` has another shape or dtype, or comes with a
+                PackedSequence.
+        """
         if isinstance(input, PackedSequence):
+            if lengths is not None or reset is not None:
+                raise RuntimeError("a PackedSequence takes neither lengths nor reset")
             return self._forward_packed(input, hx)
         rank = input.dim()
         if rank not in (2, 3):
             raise ValueError(self._rank_text.format(self._kind, rank))
         states = None if hx is None else self._states(hx, rank)
+        resets = None if reset_hx is None else self._states(reset_hx, rank)
         if rank == 2:
-            states = None if states is None else tuple(s.unsqueeze(1) for s in states)
-            y, ends = self._run(input.unsqueeze(1), states)
-            return y.squeeze(1), self._hidden(tuple(s.squeeze(1) for s in ends))
-        y, ends = self._run(input.transpose(0, 1) if self.batch_first else input, states)
-        return y.transpose(0, 1) if self.batch_first else y, self._hidden(ends)
+            if lengths is not None:
+                raise RuntimeError("lengths needs batched 3-D input")
+            return self._forward_unbatched(input, states, reset, resets)
+        x = input
+        if self.batch_first:
+            x, reset = x.transpose(0, 1), None if reset is None else reset.t()
+        if resets is not None:
+            resets = tuple(s.expand(-1, x.shape[1], -1) for s in resets)
+        y, ends, c = self._run(x, states, lengths=lengths, reset=reset, reset_hx=resets)
+        if self.batch_first:
+            y, c = y.transpose(0, 1), None if c is None else c.transpose(0, 1)
+        return self._results(y, ends, c)
 
-    def _forward_packed(self, input: PackedSequence, hx: Any) -> tuple[PackedSequence, _Hidden]:
-        data, batch_sizes, sorted_indices, unsorted_indices = input
+    def _forward_unbatched(
+        self, x: Tensor, states: States | None, reset: Tensor | None, resets: States | None
+    ) -> Any:
+        y, ends, c = self._run(
+            x.unsqueeze(1),
+            None if states is None else tuple(s.unsqueeze(1) for s in states),
+            reset=None if reset is None else reset.unsqueeze(1),
+            reset_hx=None if resets is None else tuple(s.unsqueeze(1) for s in resets),
+        )
+        return self._results(
+            y.squeeze(1), tuple(s.squeeze(1) for s in ends), None if c is None else c.squeeze(1)
+        )
+
+    def _forward_packed(self, input: PackedSequence, hx: Any) -> Any:
+        data, batch_sizes, order, back = input
         states = None if hx is None else self._states(hx, None)
-        y, ends = self._run(data, states, batch_sizes, sorted_indices)
-        ends = _permute(ends, unsorted_indices)
-        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), self._hidden(ends)
+        y, ends, c = self._run(data, states, batch_sizes, order)
+        return self._results(
+            PackedSequence(y, batch_sizes, order, back),
+            _permute(ends, back),
+            None if c is None else PackedSequence(c, batch_sizes, order, back),
+        )
+
+    def _results(self, y: Any, ends: States, c: Any) -> Any:
+        if self.return_states:
+            return y, self._hidden(ends), c
+        return y, self._hidden(ends)
 
     def _run(
         self,
@@ -56,7 +112,8 @@ class _Layers(RNNBase):
         states: States | None,
         batch_sizes: Tensor | None = None,
         order: Tensor | None = None,
-    ) -> tuple[Tensor, States]:
+        **options: Any,
+    ) -> tuple[Tensor, States, Tensor | None]:
         weights = self._weights()
         self._check(x, states, weights[0][0], batch_sizes)
         return functional.stack(
@@ -68,6 +125,8 @@ class _Layers(RNNBase):
             dropout=self.dropout,
             training=self.training,
             batch_sizes=batch_sizes,
+            all_states=self.return_states,
+            **options,
         )
 
     @property
@@ -206,6 +265,10 @@ class LSTM(_Layers):
     PackedSequence), hx and the last states (h [D*L, B, out], c [D*L, B, hidden_size]), output [T,
     B, D*out]. dtypes: any floating dtype of torch; :func:`fastrnn.explain` tells which are fused.
 
+    With ``return_states=True``, which torch.nn does not have, the result is ``(output, (h_n, c_n),
+    c)``: c_t of every step of the last layer, [T, B, D*hidden_size], batch-first or packed as the
+    output is, and differentiable.
+
     Raises:
         ValueError, TypeError, RuntimeError: as torch.nn.LSTM does for the same arguments.
     """
@@ -224,6 +287,8 @@ class LSTM(_Layers):
         proj_size: int = 0,
         device: _Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        return_states: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -238,6 +303,8 @@ class LSTM(_Layers):
             device,
             dtype,
         )
+        if return_states:
+            self.return_states = True
 
     def _states(self, hx: Any, rank: int | None) -> States:
         h, c = hx[0], hx[1]
@@ -329,7 +396,7 @@ class _Step(RNNCellBase):
         if states is not None:
             states = tuple(s.unsqueeze(0) for s in states)
         weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
-        _, ends = functional.layer(self._cell, x.unsqueeze(0), states, weights)
+        _, ends, _ = functional.layer(self._cell, x.unsqueeze(0), states, weights)
         ends = tuple(s.squeeze(0) for s in ends)
         return ends if batched else tuple(s.squeeze(0) for s in ends)
 

@@ -2,7 +2,10 @@
 
 They are what torch.compile, export and tracing see of a kernel: one layer, all its groups, all
 timesteps. Their fake kernels give shapes without running, for symbolic sizes too. Only backends
-that autograd does not see through go through them."""
+that autograd does not see through go through them.
+
+In both, `states` is [h0, c0, h_reset, c_reset], `grads` are those of y, h_n, c_n and c, and None
+stands for zeros; the rest is as in :class:`fastrnn.backends.Inputs`."""
 
 from __future__ import annotations
 
@@ -12,35 +15,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend, Problem, Weights, by_name, check_batch_sizes
+from .backends import (
+    Backend,
+    Grads,
+    Inputs,
+    Outputs,
+    Problem,
+    Weights,
+    by_name,
+    check_batch_sizes,
+)
 from .cells import CELLS
 
 _LIBRARY: Any = torch.library.Library("fastrnn", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
-    "forward(str cell, str backend, Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0,"
-    " Tensor?[] weights, bool[] reverse, SymInt batch, bool save) -> Tensor[]"
+_INPUTS = (
+    "Tensor x, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, Tensor?[] states,"
+    " Tensor?[] weights, bool[] reverse, SymInt batch"
 )
 _LIBRARY.define(
-    "backward(str cell, str backend, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x,"
-    " Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor?[] weights, bool[] reverse,"
-    " SymInt batch, Tensor y, Tensor[] saved, bool[] needs) -> Tensor[]"
+    f"forward(str cell, str backend, {_INPUTS}, bool save, bool all_states) -> Tensor[]"
+)
+_LIBRARY.define(
+    f"backward(str cell, str backend, {_INPUTS}, Tensor y, Tensor[] saved, Tensor?[] grads,"
+    " bool[] needs, SymInt samples) -> Tensor[]"
 )
 
 
 def describe(
     cell: str,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    weights: Weights,
+    inputs: Inputs,
     reverse: Sequence[bool],
     batch: int,
+    all_states: bool,
     grad: bool,
 ) -> Problem:
     """The problem that these arguments pose; `batch` is that of the first step when packed."""
     kind = CELLS[cell]
+    x, batch_sizes, weights = inputs.x, inputs.batch_sizes, inputs.weights
     groups = len(reverse)
     w_ih = weights[0]
     assert w_ih is not None
+    rows, width = w_ih.shape
     proj = weights[4] if len(weights) == 5 * groups else None
     return Problem(
         kind,
@@ -48,13 +63,30 @@ def describe(
         x.device,
         x.shape[0] if batch_sizes is None else batch_sizes.shape[0],
         batch,
-        x.shape[-1],
-        w_ih.shape[0] // kind.gates,
+        width,
+        rows // kind.gates,
         0 if proj is None else proj.shape[0],
-        groups,
+        tuple(reverse),
+        groups > 1 and x.shape[-1] != width,
         batch_sizes is not None,
+        inputs.lengths is not None,
+        inputs.reset is not None,
+        all_states and kind.states > 1,
         grad,
     )
+
+
+def flat(outputs: Outputs) -> list[Tensor]:
+    """What the operator returns: [y, h_n, c_n, c, *saved], empty tensors for what there is not."""
+    y, h_n, c_n, c, saved = outputs
+    return [y, h_n, *(y.new_empty(0) if t is None else t for t in (c_n, c)), *saved]
+
+
+def structured(problem: Problem, tensors: Sequence[Tensor]) -> Outputs:
+    """Undo :func:`flat`."""
+    y, h_n, c_n, c, *saved = tensors
+    has_c = problem.cell.states > 1
+    return Outputs(y, h_n, c_n if has_c else None, c if problem.all_states else None, saved)
 
 
 def forward(
@@ -62,21 +94,21 @@ def forward(
     backend: str,
     x: Tensor,
     batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    states: Sequence[Tensor | None],
     weights: Weights,
     reverse: Sequence[bool],
     batch: int,
     save: bool,
+    all_states: bool,
 ) -> list[Tensor]:
-    """What the operator does: [y, h_n, c_n (empty for cells without), *saved]."""
-    problem = describe(cell, x, batch_sizes, weights, reverse, batch, save)
+    """What the operator does: see :func:`flat`."""
+    inputs = Inputs(x, batch_sizes, lengths, reset, states, weights)
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.shape[0])
-    y, h_n, c_n, saved = _kernels(backend).forward(
-        problem, x, batch_sizes, h0, c0, weights, reverse, save
-    )
-    return [y, h_n, x.new_empty(0) if c_n is None else c_n, *saved]
+    problem = describe(cell, inputs, reverse, batch, all_states, save)
+    return flat(_kernels(backend).forward(problem, inputs, save))
 
 
 def _forward_fake(
@@ -84,68 +116,78 @@ def _forward_fake(
     backend: str,
     x: Tensor,
     batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    states: Sequence[Tensor | None],
     weights: Weights,
     reverse: Sequence[bool],
     batch: int,
     save: bool,
+    all_states: bool,
 ) -> list[Tensor]:
-    problem = describe(cell, x, batch_sizes, weights, reverse, batch, save)
+    inputs = Inputs(x, batch_sizes, lengths, reset, states, weights)
+    problem = describe(cell, inputs, reverse, batch, all_states, save)
+    G, H, out = problem.G, problem.H, problem.out
     rows = x.shape[0] if problem.packed else problem.T * problem.B
-    y = x.new_empty((*x.shape[:-1], problem.G * problem.out))
-    h_n = x.new_empty((problem.G, batch, problem.out))
-    c_n = x.new_empty((problem.G, batch, problem.H) if problem.cell.states > 1 else 0)
+    has_c = problem.cell.states > 1
     shapes = _kernels(backend).saved_shapes(problem, rows) if save else []
-    return [y, h_n, c_n, *(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)]
+    return flat(
+        Outputs(
+            x.new_empty((*x.shape[:-1], G * out)),
+            x.new_empty((G, batch, out)),
+            x.new_empty((G, batch, H)) if has_c else None,
+            x.new_empty((*x.shape[:-1], G * H)) if problem.all_states else None,
+            [x.new_empty(shape, dtype=dtype) for shape, dtype in shapes],
+        )
+    )
 
 
 def backward(
     cell: str,
     backend: str,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
     x: Tensor,
     batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    states: Sequence[Tensor | None],
     weights: Weights,
     reverse: Sequence[bool],
     batch: int,
     y: Tensor,
     saved: list[Tensor],
+    grads: Sequence[Tensor | None],
     needs: Sequence[bool],
+    samples: int,
 ) -> list[Tensor]:
-    """What the operator does: the needed gradients, in the order x, h0, c0, *weights."""
-    problem = describe(cell, x, batch_sizes, weights, reverse, batch, True)
+    """What the operator does: the needed gradients, in the order x, *states, *weights."""
+    inputs = Inputs(x, batch_sizes, lengths, reset, states, weights)
+    problem = describe(cell, inputs, reverse, batch, False, True)
     with torch._C._DisableAutocast():  # which forward() may not have been called under
-        return _kernels(backend).backward(
-            problem, dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, reverse, y, saved, needs
-        )
+        return _kernels(backend).backward(problem, inputs, y, saved, Grads(*grads), needs, samples)
 
 
 def _backward_fake(
     cell: str,
     backend: str,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
     x: Tensor,
     batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    states: Sequence[Tensor | None],
     weights: Weights,
     reverse: Sequence[bool],
     batch: int,
     y: Tensor,
     saved: list[Tensor],
+    grads: Sequence[Tensor | None],
     needs: Sequence[bool],
+    samples: int,
 ) -> list[Tensor]:
-    inputs = (x, h0, c0, *weights)
+    given = (x, *states, *weights)
+    lead = [()] * 5 + [() if samples == 1 else (samples,)] * len(weights)
     return [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t, needed in zip(inputs, needs, strict=True)
+        torch.empty((*first, *t.shape), dtype=t.dtype, device=t.device)
+        for t, needed, first in zip(given, needs, lead, strict=True)
         if needed and t is not None
     ]
 

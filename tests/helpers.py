@@ -60,7 +60,11 @@ def using(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """One layer call; `lengths` makes it packed, `layout` lays x out in memory."""
+    """One layer call.
+
+    `lengths` makes it packed; `ends` are the lengths of a dense batch, and `cuts` the share of its
+    steps that are resets, to given states with `to`. `every` asks for all states, `grouped` gives
+    each group an input of its own, `layout` lays x out in memory."""
 
     T: int
     B: int
@@ -72,12 +76,19 @@ class Case:
     bias: bool = True
     hx: bool = True
     P: int = 0
+    ends: tuple[int, ...] = ()
+    cuts: float = 0.0
+    to: bool = False
+    every: bool = False
+    grouped: bool = False
 
     def __str__(self) -> str:
         parts = [f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"]
         parts += [f"P{self.P}"] * bool(self.P) + ["packed"] * bool(self.lengths)
         parts += ["reverse"] * (self.reverse == (True,)) + ["bidir"] * (len(self.reverse) == 2)
         parts += [self.layout] * (self.layout != "dense")
+        parts += ["ends"] * bool(self.ends) + [f"cuts{self.cuts}"] * bool(self.cuts)
+        parts += ["to"] * self.to + ["every"] * self.every + ["grouped"] * self.grouped
         return "-".join(parts + ["nobias"] * (not self.bias) + ["nohx"] * (not self.hx))
 
     @property
@@ -90,6 +101,25 @@ class Case:
             return None
         return torch.tensor([sum(n > t for n in self.lengths) for t in range(self.T)])
 
+    @property
+    def reset(self) -> Tensor | None:
+        if not self.cuts:
+            return None
+        generator = torch.Generator().manual_seed(7)
+        return torch.rand(self.T, self.B, generator=generator) < self.cuts
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What functional.layer takes by name but for the states at resets."""
+        lengths = torch.tensor(self.ends) if self.ends else None
+        return {"lengths": lengths, "reset": self.reset, "all_states": self.every}
+
+    @property
+    def has_torch_twin(self) -> bool:
+        """Whether torch.nn has a layer for it."""
+        own = self.ends or self.cuts or self.every or self.grouped
+        return not own and self.reverse in ((False,), (False, True))
+
 
 @dataclass
 class Inputs:
@@ -98,7 +128,17 @@ class Inputs:
     x: Tensor
     states: list[Tensor]
     weights: list[Tensor | None]
+    at_reset: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
+
+    @property
+    def leaves(self) -> Named:
+        """By name, in the order in which :func:`as_function` takes them."""
+        found = {"x": self.x}
+        found |= {f"state{k}": s for k, s in enumerate(self.states)}
+        found |= {f"at_reset{k}": s for k, s in enumerate(self.at_reset)}
+        found |= {f"weight{k}": w for k, w in enumerate(self.weights) if w is not None}
+        return found
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """Fresh leaves in another dtype; x keeps its memory layout."""
@@ -108,7 +148,8 @@ class Inputs:
 
         weights = [None if w is None else leaf(w) for w in self.weights]
         grads = [g.to(dtype) for g in self.grads]
-        return Inputs(leaf(self.x), [leaf(s) for s in self.states], weights, grads)
+        states, at_reset = ([leaf(s) for s in kind] for kind in (self.states, self.at_reset))
+        return Inputs(leaf(self.x), states, weights, at_reset, grads)
 
 
 def make_inputs(cell: str, case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
@@ -133,8 +174,10 @@ def make_inputs(cell: str, case: Case, dtype: torch.dtype, seed: int = 0) -> Inp
     widths = [case.out, case.H][: kind.states]
     states = [normal(G, case.B, w).requires_grad_() for w in widths] if case.hx else []
     grads = [normal(*lead, G * case.out), *(normal(G, case.B, w) for w in widths)]
-    x = lay_out(normal(*lead, case.I), case.layout).requires_grad_()
-    return Inputs(x, states, weights, grads)
+    x = lay_out(normal(*lead, case.I * (G if case.grouped else 1)), case.layout).requires_grad_()
+    at_reset = [normal(G, case.B, w).requires_grad_() for w in widths] if case.to else []
+    grads += [normal(*lead, G * case.H)] if case.every and kind.states > 1 else []
+    return Inputs(x, states, weights, at_reset, grads)
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
@@ -160,32 +203,52 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 def collect(outputs: Sequence[Tensor], inputs: Inputs) -> Named:
     """Outputs and the gradients of every leaf, by name; x's only once."""
     torch.autograd.backward(list(outputs), inputs.grads)
-    found: Named = dict(zip(("y", "h_n", "c_n"), (o.detach() for o in outputs), strict=False))
-    leaves: dict[str, Tensor | None] = {"x": inputs.x}
-    leaves |= {f"state{k}": s for k, s in enumerate(inputs.states)}
-    leaves |= {f"weight{k}": w for k, w in enumerate(inputs.weights)}
-    for name, leaf in leaves.items():
-        if leaf is not None:
-            assert leaf.grad is not None, name
-            assert leaf.grad.shape == leaf.shape
-            assert leaf.grad.dtype == leaf.dtype
-            found[f"d{name}"] = leaf.grad
+    found: Named = dict(zip(("y", "h_n", "c_n", "c"), (o.detach() for o in outputs), strict=False))
+    for name, leaf in inputs.leaves.items():
+        assert leaf.grad is not None, name
+        assert leaf.grad.shape == leaf.shape
+        assert leaf.grad.dtype == leaf.dtype
+        found[f"d{name}"] = leaf.grad
     return found
+
+
+def as_function(
+    cell: str, case: Case, inputs: Inputs
+) -> tuple[list[Tensor], Callable[..., tuple[Tensor, ...]]]:
+    """The leaves, and the layer as a function of them that returns all its outputs."""
+    names = list(inputs.leaves)
+
+    def layer(*leaves: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(names, leaves, strict=True))
+        states = tuple(given[f"state{k}"] for k in range(len(inputs.states)))
+        at_reset = tuple(given[f"at_reset{k}"] for k in range(len(inputs.at_reset)))
+        weights = [given.get(f"weight{k}") for k in range(len(inputs.weights))]
+        y, ends, c = functional.layer(
+            cell,
+            given["x"],
+            states or None,
+            weights,
+            case.reverse,
+            case.batch_sizes,
+            reset_states=at_reset or None,
+            **case.options,
+        )
+        return (y, *ends) if c is None else (y, *ends, c)
+
+    return list(inputs.leaves.values()), layer
 
 
 def run(cell: str, case: Case, inputs: Inputs, backend: str) -> Named:
     """Forward and backward of one layer on a backend."""
-    states = tuple(inputs.states) or None
+    leaves, layer = as_function(cell, case, inputs)
     with using(backend):
-        y, ends = functional.layer(
-            cell, inputs.x, states, inputs.weights, case.reverse, case.batch_sizes
-        )
-    return collect([y, *ends], inputs)
+        outputs = layer(*leaves)
+    return collect(outputs, inputs)
 
 
 def run_plain(cell: str, case: Case, inputs: Inputs) -> Named:
     """The same in plain PyTorch: torch.nn's layer where there is one, else our reference."""
-    if cell not in TORCH_LAYERS or case.reverse == (True,):
+    if cell not in TORCH_LAYERS or not case.has_torch_twin:
         return run(cell, case, inputs, "reference")
     options: dict[str, Any] = {"proj_size": case.P} if case.P else {}
     layer = TORCH_LAYERS[cell](

@@ -339,5 +339,16 @@ def test_operators_called_directly_do_not_crash(backend: str) -> None:
     for sizes in ([3, 3], [2, 3], [7, -2], [3, 2, 0], []):
         with pytest.raises(RuntimeError):
             torch.ops.fastrnn.forward(
-                "lstm", backend, x, torch.tensor(sizes), None, None, weights, [False], 3, False
+                "lstm",
+                backend,
+                x,
+                torch.tensor(sizes),
+                None,
+                None,
+                [None] * 4,
+                weights,
+                [False],
+                3,
+                False,
+                False,
             )

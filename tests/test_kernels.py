@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Case, Truth, make_inputs, run, run_python
+from helpers import Case, Truth, as_function, make_inputs, run, run_python
 from torch import Tensor
 
-from fastrnn import functional
 from fastrnn.backends import cpu
 from fastrnn.cells import CELLS
 
@@ -52,6 +51,14 @@ CASES = [
     Case(6, 4, 10, 15, layout="padded"),
     Case(6, 4, 10, 15, layout="every_other"),
     Case(6, 4, 10, 15, layout="expanded"),
+    Case(9, 6, 7, 19, ends=(3, 9, 0, 1, 9, 4), reverse=BOTH, layout="batch_first"),
+    Case(40, 5, 7, 21, cuts=0.1, to=True, reverse=BOTH),
+    Case(9, 4, 7, 18, ends=(3, 0, 9, 1), cuts=0.3, hx=False, layout="feature_first"),
+    Case(9, 6, 7, 19, ends=(3, 9, 0, 1, 9, 4), cuts=0.2, to=True, every=True, reverse=BOTH),
+    Case(6, 4, 10, 15, every=True),
+    Case(8, 4, 6, 17, every=True, lengths=(8, 5, 5, 2), reverse=BOTH, hx=False),
+    Case(5, 4, 6, 17, grouped=True, reverse=(False, True, False)),
+    Case(5, 4, 6, 17, P=5, ends=(5, 0, 2, 3), cuts=0.2, every=True, reverse=BOTH),
 ]
 PAIRS = [
     pytest.param(cell, case, id=f"{cell}-{case}")
@@ -117,16 +124,7 @@ def test_values_and_gradients(cell: str, case: Case, dtype: torch.dtype, name: s
 )
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck_in_double(cell: str, case: Case, name: str) -> None:
-    inputs = make_inputs(cell, case, torch.float64)
-    leaves = [inputs.x, *inputs.states, *(w for w in inputs.weights if w is not None)]
-
-    def layer(*leaves: Tensor) -> tuple[Tensor, ...]:
-        x, *rest = leaves
-        states, given = tuple(rest[: len(inputs.states)]), iter(rest[len(inputs.states) :])
-        weights = [None if w is None else next(given) for w in inputs.weights]
-        y, ends = functional.layer(cell, x, states or None, weights, case.reverse, case.batch_sizes)
-        return y, *ends
-
+    leaves, layer = as_function(cell, case, make_inputs(cell, case, torch.float64))
     with isa(name):
         assert torch.autograd.gradcheck(layer, leaves, fast_mode=False)
 

@@ -59,8 +59,9 @@ def cases(draw: st.DrawFn, cell: str) -> Case:
 
 def serves(backend: str, cell: str, case: Case, dtype: torch.dtype) -> bool:
     device, packed = torch.device("cpu"), bool(case.lengths)
-    sizes = (case.T, case.B, case.I, case.H, case.P, len(case.reverse))
-    problem = Problem(CELLS[cell], dtype, device, *sizes, packed=packed, grad=True)
+    sizes = (case.T, case.B, case.I, case.H, case.P, case.reverse)
+    flags = (case.grouped, packed, bool(case.ends), bool(case.cuts), case.every)
+    problem = Problem(CELLS[cell], dtype, device, *sizes, *flags, grad=True)
     return by_name(backend).supports(problem) is None
 
 

@@ -28,7 +28,7 @@ def _in_chunks(cell: str, inputs: Inputs, length: int) -> Named:
     ys: list[Tensor] = []
     with using("cpu"):
         for part in inputs.x.split(length):
-            y, states = functional.layer(cell, part, states, inputs.weights)
+            y, states, _ = functional.layer(cell, part, states, inputs.weights)
             ys.append(y)
     assert states is not None
     return {"y": torch.cat(ys), **{f"state{k}": s for k, s in enumerate(states)}}

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .base import Backend, Problem, SavedShape, Weights
+from .base import Backend, Grads, Inputs, Outputs, Problem, SavedShape, Weights
 from .cpu import CPU
 from .reference import REFERENCE
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "Grads",
+    "Inputs",
+    "Outputs",
     "Problem",
     "SavedShape",
     "Weights",

@@ -25,9 +25,18 @@ class Problem(NamedTuple):
     I: int
     H: int
     P: int  # size of the projection, 0 without one
-    G: int  # groups: directions
+    reverse: tuple[bool, ...]  # of each group
+    grouped: bool  # group g reads its own columns [g*I, (g+1)*I) of x, rather than all the same
     packed: bool
+    lengths: bool
+    reset: bool
+    all_states: bool  # c after every step is asked for
     grad: bool
+
+    @property
+    def G(self) -> int:  # noqa: N802
+        """Groups: directions, or members of an ensemble."""
+        return len(self.reverse)
 
     @property
     def out(self) -> int:
@@ -40,13 +49,69 @@ class Problem(NamedTuple):
         return 5 if self.P else 4
 
 
+class Inputs(NamedTuple):
+    """One layer's inputs. `batch_sizes` comes without `lengths` and `reset`."""
+
+    x: Tensor  # [T, B, I] of any strides, or [N, I] when packed; [.., G*I] when grouped
+    batch_sizes: Tensor | None  # CPU int64 [T]: a packed sequence's active rows of each step
+    lengths: Tensor | None  # int64 [B] on x's device, in 0..T: row b ends before lengths[b]
+    reset: Tensor | None  # bool [T, B] on x's device: a new sequence begins at step t of row b
+    states: Sequence[Tensor | None]  # h0, c0, h_reset, c_reset
+    weights: Weights
+    # per group w_ih [gates*H, I], w_hh [gates*H, out], b_ih and b_hh [gates*H] or None, and w_hr
+    # [P, H] when the problem has P
+
+    @property
+    def h0(self) -> Tensor | None:
+        """[G, B, out], None for zeros."""
+        return self.states[0]
+
+    @property
+    def c0(self) -> Tensor | None:
+        """[G, B, H], None for zeros and for cells without c."""
+        return self.states[1]
+
+    @property
+    def h_reset(self) -> Tensor | None:
+        """As h0: what a row takes at a reset."""
+        return self.states[2]
+
+    @property
+    def c_reset(self) -> Tensor | None:
+        """As c0: what a row takes at a reset."""
+        return self.states[3]
+
+
+class Outputs(NamedTuple):
+    """What a layer computes, and what its backward pass wants back."""
+
+    y: Tensor  # [T, B, G*out] or [N, G*out], zero at and past a row's length
+    h_n: Tensor  # [G, B, out]
+    c_n: Tensor | None  # [G, B, H], None for cells without c
+    c: Tensor | None  # [T, B, G*H] or [N, G*H], c after every step, None unless asked for
+    saved: list[Tensor]
+
+
+class Grads(NamedTuple):
+    """Gradients of the outputs; None stands for zeros."""
+
+    y: Tensor | None
+    h_n: Tensor | None
+    c_n: Tensor | None
+    c: Tensor | None
+
+
 class Backend(Protocol):
     """One implementation of a layer: `G` groups run over a sequence.
 
-    Shapes: x [T, B, I], or [N, I] with batch_sizes [T] when packed; h0 [G, B, out], c0 [G, B, H] or
-    None (zeros); weights per group w_ih [gates*H, I], w_hh [gates*H, out], b_ih, b_hh [gates*H] or
-    None, and w_hr [P, H] when the problem has P. y [T, B, G*out] or [N, G*out]; h_n [G, B, out];
-    c_n [G, B, H], or None for cells without c."""
+    Row b of `lengths` has steps 0 to lengths[b] - 1: what lies past them in x is never read, y and
+    c are zero there, and the last states are those after its own last step (its initial states
+    where it has none). A group that goes backwards starts at each row's last step.
+
+    ``reset[t, b]`` cuts row b between t - 1 and t: nothing crosses the cut, in either direction of
+    time. Going forward the step t starts from h_reset and c_reset, going backwards the step t - 1
+    does; at t = 0 the initial state itself is replaced for a group that goes forward, and a group
+    that goes backwards has nothing to cut there."""
 
     name: str
     differentiable: bool  # forward() is plain torch, seen through by autograd: no backward()
@@ -54,37 +119,23 @@ class Backend(Protocol):
     def supports(self, problem: Problem) -> str | None:
         """None, or the reason why this backend does not serve the problem."""
 
-    def forward(
-        self,
-        problem: Problem,
-        x: Tensor,
-        batch_sizes: Tensor | None,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weights: Weights,
-        reverse: Sequence[bool],
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-        """y, h_n, c_n, and what backward() wants back ([] unless `save`)."""
+    def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
+        """Run the layer; `saved` is [] unless `save`."""
 
     def backward(
         self,
         problem: Problem,
-        dy: Tensor | None,
-        dh_n: Tensor | None,
-        dc_n: Tensor | None,
-        x: Tensor,
-        batch_sizes: Tensor | None,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weights: Weights,
-        reverse: Sequence[bool],
+        inputs: Inputs,
         y: Tensor,
         saved: list[Tensor],
+        grads: Grads,
         needs: Sequence[bool],
+        samples: int,
     ) -> list[Tensor]:
-        """The needed gradients, in the order x, h0, c0, *weights; a gradient given as None is
-        zero."""
+        """The needed gradients, in the order x, h0, c0, h_reset, c_reset, *weights.
+
+        With `samples` > 1 the batch is that many blocks of B / samples rows, and the gradient of a
+        weight comes for each block apart: [samples, *weight.shape]."""
 
     def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
         """Shapes and dtypes of what forward() saves, for tracing; N is the number of rows of x."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from . import Problem
+from .base import Grads, Inputs, Outputs, Problem, SavedShape
+from .segments import packed
 
 try:
     from .. import _C
@@ -25,8 +27,6 @@ else:
     _CELLS = _C.cells()
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-
-Weights = Sequence[Tensor | None]
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -73,6 +73,8 @@ _workspace = _Workspace()
 
 
 class _Cpu:
+    """See :class:`fastrnn.backends.Backend`."""
+
     name = "cpu"
     differentiable = False
 
@@ -85,6 +87,10 @@ class _Cpu:
             return f"no kernel for {problem.dtype}; there is one for float32, float64 and bfloat16"
         if problem.cell.name not in _CELLS:
             return f"no kernel for the cell {problem.cell.name}"
+        if problem.grouped:
+            return "inputs of each group's own are not supported by the kernels"
+        if problem.all_states:
+            return "c of every step is not supported by the kernels"
         if problem.P:
             return "proj_size is not supported by the kernels"
         if problem.G > _C.max_groups:
@@ -93,124 +99,154 @@ class _Cpu:
             return "an empty batch leaves the kernels nothing to do"
         return None
 
-    def saved_shapes(
-        self, problem: Problem, rows: int
-    ) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
         """Shapes of what forward saves: post-activation gates, and cell states where there are."""
         dtype = _accumulate_dtype(problem.dtype)
         units = _padded(problem.H)
-        gates = ((problem.G, rows, problem.cell.saved * units), dtype)
-        cells = ((problem.G, rows, units), dtype)
+        gates = ((problem.G, N, problem.cell.saved * units), dtype)
+        cells = ((problem.G, N, units), dtype)
         return [gates, cells] if problem.cell.states > 1 else [gates]
 
-    def forward(
-        self,
-        problem: Problem,
-        x: Tensor,
-        batch_sizes: Tensor | None,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weights: Weights,
-        reverse: Sequence[bool],
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-        cell, T, B, I, H, G = problem.cell, problem.T, problem.B, problem.I, problem.H, problem.G
-        N = T * B if batch_sizes is None else x.shape[0]
-        code, dtype, threads = _CELLS[cell.name][0], _DTYPES[problem.dtype], torch.get_num_threads()
-        if x.stride(-1) != 1 and I > 1:
-            x = x.contiguous()
-        weights = [_contiguous(w) for w in weights]
-        h0, c0 = _contiguous(h0), _contiguous(c0)
-        y = x.new_empty((*x.shape[:-1], G * H))
-        h_n = x.new_empty((G, B, H))
-        c_n = x.new_empty((G, B, H)) if cell.states > 1 else None
+    def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
         saved = []
         if save:
-            shapes = self.saved_shapes(problem, N)
-            saved = [torch.empty(shape, dtype=kind) for shape, kind in shapes]
-        _workspace.run(
-            _C.forward,
-            code,
-            dtype,
-            threads,
-            T,
-            B,
-            N,
-            I,
-            H,
-            reverse,
-            [_address(w) for w in weights],
-            _address(batch_sizes),
-            x.data_ptr(),
-            x.stride(0) if batch_sizes is None else 0,
-            x.stride(-2),
-            _address(h0),
-            _address(c0),
-            y.data_ptr(),
-            h_n.data_ptr(),
-            _address(c_n),
-            saved[0].data_ptr() if save else 0,
-            saved[1].data_ptr() if len(saved) > 1 else 0,
+            N = problem.T * problem.B if inputs.batch_sizes is None else inputs.x.shape[0]
+            saved = [
+                torch.empty(shape, dtype=kind) for shape, kind in self.saved_shapes(problem, N)
+            ]
+        if inputs.lengths is None and inputs.reset is None:
+            return _forward(problem, inputs, saved)
+        ours, given, cuts = packed(problem, inputs)
+        y, h_n, c_n, _, _ = _forward(ours, given, saved)
+        return Outputs(
+            cuts.scatter(y, problem.T, problem.B),
+            cuts.final(problem, h_n, inputs.h0),
+            None if c_n is None else cuts.final(problem, c_n, inputs.c0),
+            None,
+            saved,
         )
-        return y, h_n, c_n, saved
 
     def backward(
         self,
         problem: Problem,
-        dy: Tensor | None,
-        dh_n: Tensor | None,
-        dc_n: Tensor | None,
-        x: Tensor,
-        batch_sizes: Tensor | None,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weights: Weights,
-        reverse: Sequence[bool],
+        inputs: Inputs,
         y: Tensor,
         saved: list[Tensor],
+        grads: Grads,
         needs: Sequence[bool],
+        samples: int,
     ) -> list[Tensor]:
-        cell, T, B, I, H, G = problem.cell, problem.T, problem.B, problem.I, problem.H, problem.G
-        N = T * B if batch_sizes is None else x.shape[0]
-        code, dtype, threads = _CELLS[cell.name][0], _DTYPES[problem.dtype], torch.get_num_threads()
-        if x.stride(-1) != 1 and I > 1:
-            x = x.contiguous()
-        weights = [_contiguous(w) for w in weights]
-        dy, dh_n, dc_n = _contiguous(dy), _contiguous(dh_n), _contiguous(dc_n)
-        h0, c0, y = _contiguous(h0), _contiguous(c0), y.contiguous()
-        dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
-        dh0 = x.new_empty((G, B, H)) if needs[1] else None
-        dc0 = x.new_empty((G, B, H)) if needs[2] else None
-        dweights = [
-            torch.empty_like(w) if needed and w is not None else None
-            for w, needed in zip(weights, needs[3:], strict=True)
-        ]
-        sizes = (code, dtype, threads, T, B, N, I, H)
-        outputs = [_address(d) for d in dweights]
-        _workspace.run(
-            _C.backward,
-            *sizes,
-            reverse,
-            [_address(w) for w in weights],
-            _address(batch_sizes),
-            x.data_ptr(),
-            x.stride(0) if batch_sizes is None else 0,
-            x.stride(-2),
-            _address(h0),
-            _address(c0),
-            y.data_ptr(),
-            saved[0].data_ptr(),
-            saved[1].data_ptr() if len(saved) > 1 else 0,
-            _address(dy),
-            _address(dh_n),
-            _address(dc_n),
-            _address(dx),
-            _address(dh0),
-            _address(dc0),
-            outputs,
+        if inputs.lengths is None and inputs.reset is None:
+            return _needed(_backward(problem, inputs, y, saved, grads, needs), needs)
+        ours, given, cuts = packed(problem, inputs)
+        dy = None if grads.y is None else cuts.gather(grads.y)
+        dh_n, dc_n = (cuts.final_gradient(problem, d) for d in (grads.h_n, grads.c_n))
+        h_wanted, c_wanted = needs[1] or needs[3], needs[2] or needs[4]
+        dx, dh, dc, _, _, *dweights = _backward(
+            ours,
+            given,
+            cuts.gather(y),
+            saved,
+            Grads(dy, dh_n, dc_n, None),
+            (needs[0], h_wanted, c_wanted, False, False, *needs[5:]),
         )
-        grads = [dx, dh0, dc0, *dweights]
-        return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
+        h_grads = (None, None) if dh is None else cuts.initial_gradient(problem, dh, grads.h_n)
+        c_grads = (None, None) if dc is None else cuts.initial_gradient(problem, dc, grads.c_n)
+        if dx is not None:
+            dx = cuts.scatter(dx, problem.T, problem.B)
+        states = chain.from_iterable(zip(h_grads, c_grads, strict=True))
+        return _needed((dx, *states, *dweights), needs)
+
+
+def _needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
+
+
+def _sizes(problem: Problem, inputs: Inputs) -> tuple[int, ...]:
+    T, B = problem.T, problem.B
+    N = T * B if inputs.batch_sizes is None else inputs.x.shape[0]
+    code, dtype = _CELLS[problem.cell.name][0], _DTYPES[problem.dtype]
+    return code, dtype, torch.get_num_threads(), T, B, N, problem.I, problem.H
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x.contiguous() if x.stride(-1) != 1 and x.shape[-1] > 1 else x
+
+
+def _forward(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
+    """A dense batch, or a packed one."""
+    G, B, H = problem.G, problem.B, problem.H
+    x, batch_sizes = _readable(inputs.x), inputs.batch_sizes
+    weights = [_contiguous(w) for w in inputs.weights]
+    h0, c0 = _contiguous(inputs.h0), _contiguous(inputs.c0)
+    y = x.new_empty((*x.shape[:-1], G * H))
+    h_n = x.new_empty((G, B, H))
+    c_n = x.new_empty((G, B, H)) if problem.cell.states > 1 else None
+    _workspace.run(
+        _C.forward,
+        *_sizes(problem, inputs),
+        problem.reverse,
+        [_address(w) for w in weights],
+        _address(batch_sizes),
+        x.data_ptr(),
+        x.stride(0) if batch_sizes is None else 0,
+        x.stride(-2),
+        _address(h0),
+        _address(c0),
+        y.data_ptr(),
+        h_n.data_ptr(),
+        _address(c_n),
+        saved[0].data_ptr() if saved else 0,
+        saved[1].data_ptr() if len(saved) > 1 else 0,
+    )
+    return Outputs(y, h_n, c_n, None, saved)
+
+
+def _backward(
+    problem: Problem,
+    inputs: Inputs,
+    y: Tensor,
+    saved: list[Tensor],
+    grads: Grads,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """A dense batch, or a packed one: gradients of x, h0, c0, the two states at resets (None), and
+    the weights."""
+    G, B, H = problem.G, problem.B, problem.H
+    x, batch_sizes, y = _readable(inputs.x), inputs.batch_sizes, y.contiguous()
+    weights = [_contiguous(w) for w in inputs.weights]
+    h0, c0 = _contiguous(inputs.h0), _contiguous(inputs.c0)
+    dy, dh_n, dc_n = _contiguous(grads.y), _contiguous(grads.h_n), _contiguous(grads.c_n)
+    dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
+    dh0 = x.new_empty((G, B, H)) if needs[1] else None
+    dc0 = x.new_empty((G, B, H)) if needs[2] else None
+    dweights = [
+        torch.empty_like(w) if needed and w is not None else None
+        for w, needed in zip(weights, needs[5:], strict=True)
+    ]
+    _workspace.run(
+        _C.backward,
+        *_sizes(problem, inputs),
+        problem.reverse,
+        [_address(w) for w in weights],
+        _address(batch_sizes),
+        x.data_ptr(),
+        x.stride(0) if batch_sizes is None else 0,
+        x.stride(-2),
+        _address(h0),
+        _address(c0),
+        y.data_ptr(),
+        saved[0].data_ptr(),
+        saved[1].data_ptr() if len(saved) > 1 else 0,
+        _address(dy),
+        _address(dh_n),
+        _address(dc_n),
+        _address(dx),
+        _address(dh0),
+        _address(dc0),
+        [_address(d) for d in dweights],
+    )
+    return [dx, dh0, dc0, None, None, *dweights]
 
 
 CPU = _Cpu()

@@ -5,47 +5,86 @@ it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from ..cells import Cell, States
-from .base import Problem, SavedShape, Weights
+from .base import Grads, Inputs, Outputs, Problem, SavedShape
+
+
+class _Steps(NamedTuple):
+    """Which rows take part in each step, and where they are cut."""
+
+    sizes: list[int]  # the first sizes[t] rows are there at step t
+    alive: Tensor | None  # bool [T, B, 1], rows that have not ended
+    cut: Tensor | None  # bool [T, B, 1], rows that begin anew at step t
+
+    @classmethod
+    def of(cls, problem: Problem, inputs: Inputs) -> _Steps:
+        lengths, reset = inputs.lengths, inputs.reset
+        sizes = inputs.batch_sizes
+        alive = None
+        if lengths is not None:
+            steps = torch.arange(problem.T, device=lengths.device)
+            alive = (steps[:, None] < lengths).unsqueeze(-1)
+        cut = None if reset is None else reset.unsqueeze(-1)
+        if cut is not None and alive is not None:
+            cut = cut & alive
+        return cls([problem.B] * problem.T if sizes is None else sizes.tolist(), alive, cut)
 
 
 def _scan(
     cell: Cell,
     gates_x: Tensor,  # [N, gates*H], the steps one after the other
-    sizes: Sequence[int],
+    steps: _Steps,
     states: States,
-    w_hh: Tensor,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
+    at_reset: States,
+    weights: Sequence[Tensor | None],
     reverse: bool,
-) -> tuple[Tensor, States]:
-    """Run one direction: h of every row [N, out], and the last states.
+) -> tuple[list[States], States]:
+    """Run one direction: the states after every step, and the last states.
 
     Step t works on the first sizes[t] rows of the states. Going forward, a row that has ended keeps
     its last state; going back, a row keeps its initial state until its own end is reached: the same
-    two lines serve both."""
-    steps = list(torch.split(gates_x, list(sizes)))
-    outputs: list[Tensor] = steps[:]
-    order = range(len(sizes))
-    for t in reversed(order) if reverse else order:
+    lines serve both."""
+    sizes, alive, cut = steps
+    _, w_hh, _, b_hh, *proj = weights
+    assert w_hh is not None
+    given = torch.split(gates_x, sizes)
+    T = len(sizes)
+    found: list[States] = [states] * T
+    for t in reversed(range(T)) if reverse else range(T):
+        edge = t + 1 if reverse else t  # between the step before, in this direction, and t
+        if cut is not None and edge < T:
+            states = _choose(cut[edge], at_reset, states)
         active = tuple(s[: sizes[t]] for s in states)
-        new = cell.step(steps[t], linear(active[0], w_hh, b_hh), active)
-        if w_hr is not None:
-            new = (linear(new[0], w_hr), *new[1:])
-        outputs[t] = new[0]
+        new = cell.step(given[t], linear(active[0], w_hh, b_hh), active)
+        if proj:
+            assert proj[0] is not None
+            new = (linear(new[0], proj[0]), *new[1:])
+        found[t] = new
+        if alive is not None:
+            found[t] = tuple(s.masked_fill(~alive[t], 0) for s in new)
+            new = _choose(alive[t], new, active)
         states = tuple(_replace(s, n) for s, n in zip(states, new, strict=True))
-    return torch.cat(outputs), states
+    return found, states
+
+
+def _choose(mask: Tensor, where: States, otherwise: States) -> States:
+    return tuple(torch.where(mask, a, b) for a, b in zip(where, otherwise, strict=True))
 
 
 def _replace(state: Tensor, head: Tensor) -> Tensor:
     if head.shape[0] == state.shape[0]:
         return head
     return torch.cat([head, state[head.shape[0] :]])
+
+
+def _or_zeros(state: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x.new_zeros(shape) if state is None else state
 
 
 class Reference:
@@ -57,41 +96,50 @@ class Reference:
     def supports(self, problem: Problem) -> str | None:
         return None
 
-    def forward(
+    def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
+        cell, G, B, I = problem.cell, problem.G, problem.B, problem.I
+        steps = _Steps.of(problem, inputs)
+        x = inputs.x
+        if steps.alive is not None:
+            x = x.masked_fill(~steps.alive, 0)
+        rows = x if problem.packed else x.flatten(0, 1)
+        shapes = ((G, B, problem.out), (G, B, problem.H))[: cell.states]
+        initial = (inputs.h0, inputs.c0)
+        starts = [_or_zeros(s, x, shape) for s, shape in zip(initial, shapes, strict=False)]
+        initial = (inputs.h_reset, inputs.c_reset)
+        resets = [_or_zeros(s, x, shape) for s, shape in zip(initial, shapes, strict=False)]
+        every: list[list[Tensor]] = []
+        ends: list[States] = []
+        for g, reverse in enumerate(problem.reverse):
+            weights = inputs.weights[g * problem.per_group :][: problem.per_group]
+            w_ih, _, b_ih, *_ = weights
+            assert w_ih is not None
+            gates_x = linear(rows[:, g * I : (g + 1) * I] if problem.grouped else rows, w_ih, b_ih)
+            states, at_reset = tuple(s[g] for s in starts), tuple(s[g] for s in resets)
+            found, states = _scan(cell, gates_x, steps, states, at_reset, weights, reverse)
+            every.append([torch.cat(s) for s in zip(*found, strict=True)])
+            ends.append(states)
+        y, *c = (torch.cat(s, -1) if G > 1 else s[0] for s in zip(*every, strict=True))
+        h_n, *c_n = (torch.stack(s) for s in zip(*ends, strict=True))
+        lead = x.shape[:-1]
+        return Outputs(
+            y.view(*lead, y.shape[-1]),
+            h_n,
+            c_n[0] if c_n else None,
+            c[0].view(*lead, c[0].shape[-1]) if c and problem.all_states else None,
+            [],
+        )
+
+    def backward(
         self,
         problem: Problem,
-        x: Tensor,
-        batch_sizes: Tensor | None,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        weights: Weights,
-        reverse: Sequence[bool],
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-        cell, G, B = problem.cell, problem.G, problem.B
-        if h0 is None:
-            h0 = x.new_zeros(G, B, problem.out)
-        if c0 is None and cell.states > 1:
-            c0 = x.new_zeros(G, B, problem.H)
-        sizes = [B] * problem.T if batch_sizes is None else batch_sizes.tolist()
-        rows = x.reshape(-1, problem.I) if batch_sizes is None else x  # [N, I]
-        ys: list[Tensor] = []
-        ends: list[States] = []
-        for g in range(G):
-            w_ih, w_hh, b_ih, b_hh, *proj = weights[g * problem.per_group :][: problem.per_group]
-            assert w_ih is not None
-            assert w_hh is not None
-            states: States = (h0[g],) if c0 is None else (h0[g], c0[g])
-            w_hr = proj[0] if proj else None
-            gates_x = linear(rows, w_ih, b_ih)
-            y, states = _scan(cell, gates_x, sizes, states, w_hh, b_hh, w_hr, reverse[g])
-            ys.append(y)
-            ends.append(states)
-        y = ys[0] if G == 1 else torch.cat(ys, -1)
-        h_n, *c_n = (torch.stack(s) for s in zip(*ends, strict=True))
-        return y.view(*x.shape[:-1], G * problem.out), h_n, c_n[0] if c_n else None, []
-
-    def backward(self, *args: object) -> list[Tensor]:
+        inputs: Inputs,
+        y: Tensor,
+        saved: list[Tensor],
+        grads: Grads,
+        needs: Sequence[bool],
+        samples: int,
+    ) -> list[Tensor]:
         raise NotImplementedError("autograd differentiates the reference backend")
 
     def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
