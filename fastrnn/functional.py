@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
 from .autograd import scan
-from .backends import Inputs, Weights, check_batch_sizes
+from .backends import Inputs, Weights, check_batch_sizes, check_lengths
 from .cells import CELLS, Cell, States
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -225,6 +225,8 @@ def _check_steps(
             raise RuntimeError(f"lengths must be integers, got {lengths.dtype}")
         if lengths.shape != (B,):
             raise RuntimeError(f"Expected lengths size {(B,)}, got {list(lengths.shape)}")
+        if lengths.device.type == "cpu" and _has_values(lengths):
+            check_lengths(lengths, T)
         lengths = lengths.to(x.device, torch.int64)
     if reset is not None:
         if reset.dtype != torch.bool:
@@ -233,6 +235,16 @@ def _check_steps(
             raise RuntimeError(f"Expected reset size {(T, B)}, got {list(reset.shape)}")
         reset = reset.to(x.device)
     return lengths, reset
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether they may be looked at: there are none while a call is traced or transformed."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def _check_states(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .base import Backend, Grads, Inputs, Outputs, Problem, SavedShape, Weights
+from .base import Backend, Grads, Inputs, Outputs, Problem, SavedShape, Weights, check_lengths
 from .cpu import CPU
 from .reference import REFERENCE
 
@@ -28,6 +28,7 @@ __all__ = [
     "backend",
     "by_name",
     "check_batch_sizes",
+    "check_lengths",
     "choose",
     "refusal",
 ]

@@ -101,6 +101,12 @@ class Grads(NamedTuple):
     c: Tensor | None
 
 
+def check_lengths(lengths: Tensor, T: int) -> None:
+    """Raise ValueError unless every length is one of 0 to T; waits for the tensor's device."""
+    if bool(((lengths < 0) | (lengths > T)).any()):
+        raise ValueError(f"lengths must be between 0 and {T}, got {lengths.tolist()}")
+
+
 class Backend(Protocol):
     """One implementation of a layer: `G` groups run over a sequence.
 

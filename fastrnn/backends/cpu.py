@@ -117,7 +117,7 @@ class _Cpu:
         if inputs.lengths is None and inputs.reset is None:
             return _forward(problem, inputs, saved)
         ours, given, cuts = packed(problem, inputs)
-        y, h_n, c_n, _, _ = _forward(ours, given, saved)
+        y, h_n, c_n, _, _ = (_forward if ours.T else _forward_nothing)(ours, given, saved)
         return Outputs(
             cuts.scatter(y, problem.T, problem.B),
             cuts.final(problem, h_n, inputs.h0),
@@ -142,7 +142,7 @@ class _Cpu:
         dy = None if grads.y is None else cuts.gather(grads.y)
         dh_n, dc_n = (cuts.final_gradient(problem, d) for d in (grads.h_n, grads.c_n))
         h_wanted, c_wanted = needs[1] or needs[3], needs[2] or needs[4]
-        dx, dh, dc, _, _, *dweights = _backward(
+        dx, dh, dc, _, _, *dweights = (_backward if ours.T else _backward_nothing)(
             ours,
             given,
             cuts.gather(y),
@@ -247,6 +247,28 @@ def _backward(
         [_address(d) for d in dweights],
     )
     return [dx, dh0, dc0, None, None, *dweights]
+
+
+def _forward_nothing(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
+    """What _forward answers for a batch of no segments."""
+    x, G = inputs.x, problem.G
+    states = [x.new_empty((G, 0, problem.H)) for _ in range(problem.cell.states)]
+    c_n = states[1] if len(states) > 1 else None
+    return Outputs(x.new_empty((0, G * problem.H)), states[0], c_n, None, saved)
+
+
+def _backward_nothing(
+    problem: Problem,
+    inputs: Inputs,
+    y: Tensor,
+    saved: list[Tensor],
+    grads: Grads,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """What _backward answers for a batch of no segments."""
+    state = y.new_empty((problem.G, 0, problem.H))
+    dweights = [None if w is None else torch.zeros_like(w) for w in inputs.weights]
+    return [torch.empty_like(inputs.x), state, state, None, None, *dweights]
 
 
 CPU = _Cpu()

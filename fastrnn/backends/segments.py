@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Inputs, Problem
+from .base import Inputs, Problem, check_lengths
 
 
 class Segments(NamedTuple):
@@ -35,8 +35,8 @@ class Segments(NamedTuple):
         """
         T, B = problem.T, problem.B
         ends = torch.full((B,), T) if lengths is None else lengths
-        if lengths is not None and bool(((lengths < 0) | (lengths > T)).any()):
-            raise ValueError(f"lengths must be between 0 and {T}, got {lengths.tolist()}")
+        if lengths is not None:
+            check_lengths(lengths, T)
         begins = torch.zeros(B, T, dtype=torch.bool)
         if reset is not None:
             begins |= reset.t()
