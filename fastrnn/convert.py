@@ -35,7 +35,18 @@ def convert(module: M) -> M:
 
 def revert(module: M) -> M:
     """Undo :func:`convert`: make every fastrnn layer and cell inside `module` a torch.nn one, in
-    place."""
+    place.
+
+    Raises:
+        ValueError: a layer uses an option that torch.nn does not have; nothing has been changed.
+    """
+    for name, layer in module.named_modules():
+        used = [o for o in modules.OWN_OPTIONS if getattr(layer, o, None)]
+        if used and _counterpart(layer, _TO_TORCH) is not None:
+            where = f" {name!r}" if name else ""
+            raise ValueError(
+                f"torch.nn has no {used[0]}, which layer{where} uses: turn it off before revert()"
+            )
     return _exchange(module, _TO_TORCH)
 
 

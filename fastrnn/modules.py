@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import RNNBase
+from torch.nn.functional import dropout as _dropout
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
@@ -16,6 +17,10 @@ from .cells import CELLS, States
 _Device = torch.device | str | int | None
 _Hidden = Tensor | tuple[Tensor, Tensor]
 
+# What torch.nn's layers lack: off in the class, and an attribute of the instance only when asked
+# for, so that convert() and pickles need know nothing of them.
+OWN_OPTIONS = ("return_states", "weight_dropout")
+
 
 class _Layers(RNNBase):
     """What RNN, LSTM and GRU share. Parameters, their names and their initialisation are
@@ -24,6 +29,12 @@ class _Layers(RNNBase):
     _kind: ClassVar[str]
     _rank_text: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
     return_states: bool = False
+    weight_dropout: float = 0.0
+
+    def extra_repr(self) -> str:
+        """As torch.nn's, with the options that it does not have where they are in use."""
+        own = [f"{name}={getattr(self, name)}" for name in OWN_OPTIONS if getattr(self, name)]
+        return ", ".join([super().extra_repr(), *own])
 
     def flatten_parameters(self) -> None:
         """Present for compatibility; the kernels read the parameters where they are."""
@@ -116,6 +127,8 @@ class _Layers(RNNBase):
     ) -> tuple[Tensor, States, Tensor | None]:
         weights = self._weights()
         self._check(x, states, weights[0][0], batch_sizes)
+        if self.training and self.weight_dropout:
+            weights = [self._drop_recurrent(flat) for flat in weights]
         return functional.stack(
             self._cell,
             x,
@@ -150,6 +163,22 @@ class _Layers(RNNBase):
             else:
                 layers.append(found)
         return layers
+
+    def _drop_weights(self, p: float) -> None:
+        if isinstance(p, bool) or not 0 <= p <= 1:
+            raise ValueError(
+                "weight_dropout should be a number in range [0, 1] representing the probability "
+                f"of a recurrent weight being zeroed, got {p!r}"
+            )
+        if p:
+            self.weight_dropout = float(p)
+
+    def _drop_recurrent(self, weights: list[Any]) -> list[Any]:
+        """A layer's weights, with elements of every weight_hh zeroed and the others scaled up."""
+        each = len(weights) // (2 if self.bidirectional else 1)
+        return [
+            _dropout(w, self.weight_dropout) if k % each == 1 else w for k, w in enumerate(weights)
+        ]
 
     def _check(
         self, x: Tensor, states: States | None, weight: Tensor, batch_sizes: Tensor | None
@@ -210,6 +239,11 @@ class RNN(_Layers):
     hidden_size], output [T, B, D*hidden_size]. dtypes: any floating dtype of torch;
     :func:`fastrnn.explain` tells which are fused.
 
+    With ``weight_dropout=p``, which torch.nn does not have, every call in training mode zeroes each
+    element of every weight_hh with probability p and scales the others by 1 / (1 - p): DropConnect
+    (Wan et al. 2013), on recurrent weights as in Merity et al. 2018. One mask serves all timesteps
+    of a call, and torch's seed reproduces it; in eval mode there is none.
+
     Raises:
         ValueError, TypeError, RuntimeError: as torch.nn.RNN does for the same arguments.
     """
@@ -230,6 +264,8 @@ class RNN(_Layers):
         proj_size: None = None,
         device: _Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        weight_dropout: float = 0.0,
     ) -> None:
         _refuse_projection(proj_size)
         if nonlinearity not in ("tanh", "relu"):
@@ -249,6 +285,7 @@ class RNN(_Layers):
             device=device,
             dtype=dtype,
         )
+        self._drop_weights(weight_dropout)
 
 
 class LSTM(_Layers):
@@ -268,6 +305,11 @@ class LSTM(_Layers):
     With ``return_states=True``, which torch.nn does not have, the result is ``(output, (h_n, c_n),
     c)``: c_t of every step of the last layer, [T, B, D*hidden_size], batch-first or packed as the
     output is, and differentiable.
+
+    With ``weight_dropout=p``, which torch.nn does not have, every call in training mode zeroes each
+    element of every weight_hh with probability p and scales the others by 1 / (1 - p): DropConnect
+    (Wan et al. 2013), on recurrent weights as in Merity et al. 2018. One mask serves all timesteps
+    of a call, and torch's seed reproduces it; in eval mode there is none.
 
     Raises:
         ValueError, TypeError, RuntimeError: as torch.nn.LSTM does for the same arguments.
@@ -289,6 +331,7 @@ class LSTM(_Layers):
         dtype: torch.dtype | None = None,
         *,
         return_states: bool = False,
+        weight_dropout: float = 0.0,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -305,6 +348,7 @@ class LSTM(_Layers):
         )
         if return_states:
             self.return_states = True
+        self._drop_weights(weight_dropout)
 
     def _states(self, hx: Any, rank: int | None) -> States:
         h, c = hx[0], hx[1]
@@ -338,6 +382,11 @@ class GRU(_Layers):
     hidden_size], output [T, B, D*hidden_size]. dtypes: any floating dtype of torch;
     :func:`fastrnn.explain` tells which are fused.
 
+    With ``weight_dropout=p``, which torch.nn does not have, every call in training mode zeroes each
+    element of every weight_hh with probability p and scales the others by 1 / (1 - p): DropConnect
+    (Wan et al. 2013), on recurrent weights as in Merity et al. 2018. One mask serves all timesteps
+    of a call, and torch's seed reproduces it; in eval mode there is none.
+
     Raises:
         ValueError, TypeError, RuntimeError: as torch.nn.GRU does for the same arguments.
     """
@@ -356,6 +405,8 @@ class GRU(_Layers):
         proj_size: None = None,
         device: _Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        weight_dropout: float = 0.0,
     ) -> None:
         _refuse_projection(proj_size)
         super().__init__(
@@ -370,6 +421,7 @@ class GRU(_Layers):
             device=device,
             dtype=dtype,
         )
+        self._drop_weights(weight_dropout)
 
 
 def _refuse_projection(proj_size: object) -> None:
