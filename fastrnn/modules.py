@@ -24,6 +24,15 @@ class _Layers(RNNBase):
     _kind: ClassVar[str]
     _rank_text: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
     return_states: bool = False
+    recompute: int = 0
+
+    def _keep_every(self, recompute: int) -> None:
+        if isinstance(recompute, bool) or not isinstance(recompute, int):
+            raise TypeError(f"recompute should be of type int, got: {type(recompute).__name__}")
+        if recompute < 0:
+            raise ValueError(f"recompute should be 0 or a number of steps, got {recompute}")
+        if recompute:
+            self.recompute = recompute
 
     def flatten_parameters(self) -> None:
         """Present for compatibility; the kernels read the parameters where they are."""
@@ -126,6 +135,7 @@ class _Layers(RNNBase):
             training=self.training,
             batch_sizes=batch_sizes,
             all_states=self.return_states,
+            recompute=self.recompute,
             **options,
         )
 
@@ -230,6 +240,8 @@ class RNN(_Layers):
         proj_size: None = None,
         device: _Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: int = 0,
     ) -> None:
         _refuse_projection(proj_size)
         if nonlinearity not in ("tanh", "relu"):
@@ -249,6 +261,7 @@ class RNN(_Layers):
             device=device,
             dtype=dtype,
         )
+        self._keep_every(recompute)
 
 
 class LSTM(_Layers):
@@ -289,6 +302,7 @@ class LSTM(_Layers):
         dtype: torch.dtype | None = None,
         *,
         return_states: bool = False,
+        recompute: int = 0,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -305,6 +319,7 @@ class LSTM(_Layers):
         )
         if return_states:
             self.return_states = True
+        self._keep_every(recompute)
 
     def _states(self, hx: Any, rank: int | None) -> States:
         h, c = hx[0], hx[1]
@@ -356,6 +371,8 @@ class GRU(_Layers):
         proj_size: None = None,
         device: _Device = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: int = 0,
     ) -> None:
         _refuse_projection(proj_size)
         super().__init__(
@@ -370,6 +387,7 @@ class GRU(_Layers):
             device=device,
             dtype=dtype,
         )
+        self._keep_every(recompute)
 
 
 def _refuse_projection(proj_size: object) -> None:

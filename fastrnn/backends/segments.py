@@ -35,8 +35,8 @@ class Segments(NamedTuple):
         """
         T, B = problem.T, problem.B
         ends = torch.full((B,), T) if lengths is None else lengths
-        if lengths is not None and bool(((lengths < 0) | (lengths > T)).any()):
-            raise ValueError(f"lengths must be between 0 and {T}, got {lengths.tolist()}")
+        if lengths is not None:
+            check_lengths(lengths, T)
         begins = torch.zeros(B, T, dtype=torch.bool)
         if reset is not None:
             begins |= reset.t()
@@ -126,6 +126,11 @@ class Segments(NamedTuple):
             start[g, self.row[begins]] = grad[g, begins]
             at_reset[g].index_add_(0, self.row[~begins], grad[g, ~begins])
         return start, at_reset
+
+
+def check_lengths(lengths: Tensor, T: int) -> None:
+    if bool(((lengths < 0) | (lengths > T)).any()):
+        raise ValueError(f"lengths must be between 0 and {T}, got {lengths.tolist()}")
 
 
 def packed(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs, Segments]:
