@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backends import BACKENDS, Grads, Inputs, Outputs, Problem, by_name, choose
+from .backends import (
+    BACKENDS,
+    Backend,
+    Grads,
+    Inputs,
+    Outputs,
+    Problem,
+    Recompute,
+    by_name,
+    choose,
+    refusal,
+)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -122,36 +133,16 @@ def _plain_backward(
     vectorized Jacobians), which have no memory that a kernel could read, pass through it.
     """
     plain = next(b for b in BACKENDS if b.differentiable)
-    differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # A tensor that is given twice has a gradient for each of its places.
-        x, states, weights = (
-            inputs.x.view_as(inputs.x),
-            _places(inputs.states),
-            _places(inputs.weights),
-        )
-        given = inputs._replace(x=x, states=states, weights=weights)
-        *outputs, _ = plain.forward(problem, given, False)
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o is not None and g is not None]
-    places = zip((x, *states, *weights), needs, strict=True)
-    wanted = [t for t, needed in places if needed and t is not None]
-    return list(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            create_graph=differentiable,
-            materialize_grads=True,
-        )
-    )
-
-
-def _places(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if t is None else t.view_as(t) for t in tensors]
+    return plain.backward(problem, inputs, inputs.x, [], grads, needs, 1)
 
 
 def scan(
-    cell: str, inputs: Inputs, reverse: Sequence[bool], batch: int, all_states: bool
+    cell: str,
+    inputs: Inputs,
+    reverse: Sequence[bool],
+    batch: int,
+    all_states: bool,
+    recompute: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer on the backend chosen for it: y, h_n, c_n and c.
 
@@ -163,6 +154,8 @@ def scan(
     )
     problem = ops.describe(cell, inputs, reverse, batch, all_states, grad)
     backend = choose(problem)
+    if recompute and grad and recompute < problem.T:
+        backend = _recomputing(backend, recompute, problem)
     if backend.differentiable:
         return backend.forward(problem, inputs, False)[:4]
     if not grad:
@@ -171,6 +164,12 @@ def scan(
         backend.name, problem, x, batch_sizes, lengths, reset, *states, *weights
     )
     return outputs
+
+
+def _recomputing(backend: Backend, every: int, problem: Problem) -> Backend:
+    """The backend with less memory, except under transforms that only plain torch serves."""
+    recompute = Recompute(backend, every)
+    return backend if refusal(recompute, problem) else recompute
 
 
 def _unwatched(tensors: Iterable[Any]) -> bool:

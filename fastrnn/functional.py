@@ -32,6 +32,7 @@ def stack(
     reset: Tensor | None = None,
     reset_hx: States | None = None,
     all_states: bool = False,
+    recompute: int = 0,
 ) -> tuple[Tensor, States, Tensor | None]:
     """Layers on top of each other, each reading the output of the one below.
 
@@ -47,6 +48,7 @@ def stack(
         batch_sizes, lengths, reset: as for :func:`layer`.
         reset_hx: the states that a row takes at a reset, shaped as `hx`, or None for zeros.
         all_states: return c after every step, for cells that have one.
+        recompute: as for :func:`layer`.
 
     Returns:
         The last layer's output [T, B, D*out] or [N, D*out]; the last states, of the shapes of `hx`;
@@ -73,6 +75,7 @@ def stack(
             reset=reset,
             reset_states=None if reset_hx is None else tuple(s[mine] for s in reset_hx),
             all_states=all_states and k == layers - 1,
+            recompute=recompute,
         )
         ends.append(end)
         if training and dropout and k < layers - 1:
@@ -94,6 +97,7 @@ def layer(
     reset: Tensor | None = None,
     reset_states: States | None = None,
     all_states: bool = False,
+    recompute: int = 0,
 ) -> tuple[Tensor, States, Tensor | None]:
     """One layer of G groups over one input; group g goes backwards in time where reverse[g].
 
@@ -116,6 +120,9 @@ def layer(
             t = 0 replaces the initial state (going forward).
         reset_states: as `states`; None for zeros.
         all_states: return c after every step, for cells that have one.
+        recompute: k > 0 keeps only every k-th state for the backward pass, which runs each chunk of
+            k steps again: less memory for more time. 0 keeps everything. Without gradients, or
+            under torch.func's transforms, it changes nothing.
 
     Returns:
         y [T, B, G*out] or [N, G*out], the last states, and c after every step [T, B, G*H] or
@@ -135,6 +142,7 @@ def layer(
             return layer(
                 cell, cast(x, dtype), states, weights, reverse, batch_sizes, lengths=lengths,
                 reset=reset, reset_states=reset_states, all_states=all_states,
+                recompute=recompute,
             )  # fmt: skip
     kind = CELLS[cell]
     batch = _check_input(x, batch_sizes)
@@ -147,7 +155,7 @@ def layer(
     if reset is None:
         h_reset = c_reset = None
     inputs = Inputs(x, batch_sizes, lengths, reset, (h0, c0, h_reset, c_reset), weights)
-    y, h_n, c_n, c = scan(cell, inputs, reverse, batch, all_states)
+    y, h_n, c_n, c = scan(cell, inputs, reverse, batch, all_states, recompute)
     return y, (h_n,) if c_n is None else (h_n, c_n), c
 
 

@@ -19,7 +19,7 @@ _Hidden = Tensor | tuple[Tensor, Tensor]
 
 # What torch.nn's layers lack: off in the class, and an attribute of the instance only when asked
 # for, so that convert() and pickles need know nothing of them.
-OWN_OPTIONS = ("return_states", "weight_dropout")
+OWN_OPTIONS = ("return_states", "weight_dropout", "recompute")
 
 
 class _Layers(RNNBase):
@@ -30,11 +30,20 @@ class _Layers(RNNBase):
     _rank_text: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
     return_states: bool = False
     weight_dropout: float = 0.0
+    recompute: int = 0
 
     def extra_repr(self) -> str:
         """As torch.nn's, with the options that it does not have where they are in use."""
         own = [f"{name}={getattr(self, name)}" for name in OWN_OPTIONS if getattr(self, name)]
         return ", ".join([super().extra_repr(), *own])
+
+    def _keep_every(self, recompute: int) -> None:
+        if isinstance(recompute, bool) or not isinstance(recompute, int):
+            raise TypeError(f"recompute should be of type int, got: {type(recompute).__name__}")
+        if recompute < 0:
+            raise ValueError(f"recompute should be 0 or a number of steps, got {recompute}")
+        if recompute:
+            self.recompute = recompute
 
     def flatten_parameters(self) -> None:
         """Present for compatibility; the kernels read the parameters where they are."""
@@ -139,6 +148,7 @@ class _Layers(RNNBase):
             training=self.training,
             batch_sizes=batch_sizes,
             all_states=self.return_states,
+            recompute=self.recompute,
             **options,
         )
 
@@ -266,6 +276,7 @@ class RNN(_Layers):
         dtype: torch.dtype | None = None,
         *,
         weight_dropout: float = 0.0,
+        recompute: int = 0,
     ) -> None:
         _refuse_projection(proj_size)
         if nonlinearity not in ("tanh", "relu"):
@@ -286,6 +297,7 @@ class RNN(_Layers):
             dtype=dtype,
         )
         self._drop_weights(weight_dropout)
+        self._keep_every(recompute)
 
 
 class LSTM(_Layers):
@@ -332,6 +344,7 @@ class LSTM(_Layers):
         *,
         return_states: bool = False,
         weight_dropout: float = 0.0,
+        recompute: int = 0,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -349,6 +362,7 @@ class LSTM(_Layers):
         if return_states:
             self.return_states = True
         self._drop_weights(weight_dropout)
+        self._keep_every(recompute)
 
     def _states(self, hx: Any, rank: int | None) -> States:
         h, c = hx[0], hx[1]
@@ -407,6 +421,7 @@ class GRU(_Layers):
         dtype: torch.dtype | None = None,
         *,
         weight_dropout: float = 0.0,
+        recompute: int = 0,
     ) -> None:
         _refuse_projection(proj_size)
         super().__init__(
@@ -422,6 +437,7 @@ class GRU(_Layers):
             dtype=dtype,
         )
         self._drop_weights(weight_dropout)
+        self._keep_every(recompute)
 
 
 def _refuse_projection(proj_size: object) -> None:

@@ -86,6 +86,22 @@ FASTRNN_INLINE void multiply_add(Vec<float>* acc, int mr, int nv, const bf16* a,
   }
 }
 
+// One vector of a row times one of another, lane by lane; of bf16 twice as many elements.
+template <class T>
+FASTRNN_INLINE void multiply_add_along(Vec<T>& acc, const T* a, const T* b) {
+  acc += load(a) * load(b);
+}
+
+FASTRNN_INLINE void multiply_add_along(Vec<float>& acc, const bf16* a, const bf16* b) {
+#if defined(__AVX512BF16__)
+  acc = _mm512_dpbf16_ps(acc, load_as<__m512bh>(a), load_as<__m512bh>(b));
+#else
+  constexpr int lanes = kLanes<float>;
+  acc += load(a) * load(b);
+  acc += load(a + lanes) * load(b + lanes);
+#endif
+}
+
 template <class T>
 inline constexpr int kPair = 1;
 template <>

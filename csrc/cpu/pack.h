@@ -163,6 +163,31 @@ FASTRNN_INLINE Acc<T> dot(const T* a, const T* b, int64_t n) {
   return total;
 }
 
+// Products of a with as many rows as a vector has lanes. A sum of each row's own stays in registers until the end, when
+// all are added up by one transposition.
+template <class T>
+FASTRNN_INLINE AccVec<T> dots(const T* rows, const T* a, int64_t n) {
+  using A = Acc<T>;
+  using L = Lane<A>;
+  constexpr int lanes = kLanes<A>, step = lanes * kPair<T>;
+  AccVec<T> sums[lanes] = {};
+  int64_t k = 0;
+  for (; k + step <= n; k += step) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) multiply_add_along(sums[i], rows + i * n + k, a + k);
+  }
+  for (; k < n; k += lanes) {
+    const AccVec<T> last = load_first(a + k, n - k);
+    for (int i = 0; i < lanes; ++i) sums[i] += load_first(rows + i * n + k, n - k) * last;
+  }
+  Vec<L> block[lanes];
+  std::memcpy(block, sums, sizeof block);
+  transpose<L, lanes / 2>(block);
+  AccVec<T> total = {};
+  for (int i = 0; i < lanes; ++i) total += reinterpret_cast<AccVec<T>>(block[i]);
+  return total;
+}
+
 // What a forward GEMM multiplies by: packed panels, or the weights as they are.
 template <class T>
 struct Weights {
@@ -186,6 +211,12 @@ struct Weights {
     constexpr int lanes = kLanes<Acc<T>>;
     for (int v = 0; v < panels.nv; ++v) {
       const int64_t unit0 = (p * (panels.nv / gates) + v / gates) * lanes;
+      if (unit0 + lanes <= H) {
+        const int64_t row0 = v % gates * H + unit0;
+        const AccVec<T> sums = dots(w + row0 * K, a, K);
+        store(c + v * lanes, b ? sums + load(b + row0) : sums);
+        continue;
+      }
       for (int lane = 0; lane < lanes; ++lane) {
         const int64_t row = v % gates * H + unit0 + lane;
         const bool real = unit0 + lane < H;

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from .base import Backend, Grads, Inputs, Outputs, Problem, SavedShape, Weights, check_lengths
 from .cpu import CPU
+from .recompute import MARK, Recompute
 from .reference import REFERENCE
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Inputs",
     "Outputs",
     "Problem",
+    "Recompute",
     "SavedShape",
     "Weights",
     "backend",
@@ -38,9 +40,10 @@ BACKENDS: list[Backend] = [CPU, REFERENCE]
 
 def by_name(name: str) -> Backend:
     """The backend called `name`; ValueError if there is none."""
+    inner, recompute, every = name.partition(MARK)
     for backend in BACKENDS:
-        if backend.name == name:
-            return backend
+        if backend.name == inner:
+            return Recompute(backend, int(every)) if recompute else backend
     raise ValueError(f"unknown fastrnn backend {name!r}: choose from {[b.name for b in BACKENDS]}")
 
 

@@ -5,7 +5,7 @@ it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +83,14 @@ def _replace(state: Tensor, head: Tensor) -> Tensor:
     return torch.cat([head, state[head.shape[0] :]])
 
 
+def _place(tensor: Tensor | None, needed: bool) -> Any:
+    """A tensor that is given twice has a gradient for each of its places."""
+    if tensor is None:
+        return None
+    place = tensor.view_as(tensor)
+    return place.requires_grad_() if needed and not place.requires_grad else place
+
+
 def _or_zeros(state: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.new_zeros(shape) if state is None else state
 
@@ -140,7 +148,27 @@ class Reference:
         needs: Sequence[bool],
         samples: int,
     ) -> list[Tensor]:
-        raise NotImplementedError("autograd differentiates the reference backend")
+        """By autograd, through a second run of the layer. The gradients can be differentiated
+        further where grad mode is enabled."""
+        if samples > 1:
+            raise NotImplementedError("the reference backend adds up the gradients of a batch")
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            tensors = (inputs.x, *inputs.states, *inputs.weights)
+            places = [_place(t, needed) for t, needed in zip(tensors, needs, strict=True)]
+            given = inputs._replace(x=places[0], states=places[1:5], weights=places[5:])
+            *outputs, _ = self.forward(problem, given, False)
+        each = zip(outputs, grads, strict=True)
+        pairs = [(o, g) for o, g in each if o is not None and g is not None]
+        return list(
+            torch.autograd.grad(
+                [o for o, _ in pairs],
+                [t for t, needed in zip(places, needs, strict=True) if needed and t is not None],
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                materialize_grads=True,
+            )
+        )
 
     def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
         return []
