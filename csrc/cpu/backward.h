@@ -14,9 +14,9 @@ struct BackwardLayout {
   struct GroupBuffers {
     Panels<T> hh;              // W_hh by columns
     T* dgates[2];              // [B, depth] of the step after, in turn: the GEMM's A
-    A* dstates[Cell::states];  // [vectors, B, lanes] passed back past W_hh
+    A* dstates[Cell::states];  // [blocks, B, kUnitPad] passed back past W_hh
     T* h0;                     // [B, Hp] initial states, zeros where none were given
-    A* c0;                     // [vectors, B, lanes]
+    A* c0;                     // [blocks, B, kUnitPad]
   };
   // Where one batch row's vectors lie in one step.
   struct Row {
@@ -223,7 +223,7 @@ class BackwardScan {
   FASTRNN_INLINE void apply_cell(const typename Layout::Row& row, V dh, int64_t u) const {
     V save[Cell::saved], state[Cell::states], ds[Cell::states], dx[Cell::gates], dr[Cell::gates];
     const A* const gates = row.gates.vector(u);
-    for (int k = 0; k < Cell::saved; ++k) save[k] = load(gates + k * lanes);
+    for (int k = 0; k < Cell::saved; ++k) save[k] = load(gates + k * kUnitPad);
     state[0] = load_first(row.h_before + u, args_.H - u);
     if constexpr (Cell::states > 1) state[1] = load(row.c_before.vector(u));
     for (int k = 0; k < Cell::states; ++k) ds[k] = load(row.dstates[k].vector(u));

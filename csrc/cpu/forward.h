@@ -19,18 +19,19 @@ T* group_matrix(void* base, int g, int64_t rows, int64_t columns) {
   return base ? static_cast<T*>(base) + g * rows * columns : nullptr;
 }
 
-// Vectors of accumulate type are kept [vector][row][..][lanes] within a step, the order in which the scan visits them.
-// This is one row of such an array.
+// Values of accumulate type are kept [block][row][..][kUnitPad] within a step, about the order in which the scan visits
+// them. No instruction set's width is in that, so that backward may run on another one than forward did. This is one
+// row of such an array.
 template <class A>
 struct Strided {
   A* data;
-  int64_t stride;  // from one vector to the next
-  A* vector(int64_t u) const { return data + u / kLanes<std::remove_const_t<A>> * stride; }
+  int64_t stride;  // from one block of units to the next
+  A* vector(int64_t u) const { return data + u / kUnitPad * stride + u % kUnitPad; }
 };
 
 template <class A>
 Strided<A> strided_row(A* step, int64_t rows, int64_t b, int64_t values) {
-  const int64_t width = values * kLanes<std::remove_const_t<A>>;
+  const int64_t width = values * kUnitPad;
   return {step + b * width, rows * width};
 }
 
@@ -41,8 +42,8 @@ struct ForwardLayout {
   struct GroupBuffers {
     Weights<T> ih, hh;
     T* h[2];     // [B, Hk] before and after a step, in turn
-    A* c;        // [vectors, B, lanes] initial cell states, and the current ones where they are not saved
-    A* gates_x;  // [chunk, vectors, B, gates, lanes] where the gates are not saved
+    A* c;        // [blocks, B, kUnitPad] initial cell states, and the current ones where they are not saved
+    A* gates_x;  // [chunk, blocks, B, gates, kUnitPad] where the gates are not saved
   };
   // Where one batch row's vectors lie in one step.
   struct Row {
@@ -226,7 +227,7 @@ class ForwardScan {
       if (u >= args_.H) return;
       for (int r = 0; r < n; ++r) {
         A* const gates = rows[r].vector(u);
-        for (int k = 0; k < Cell::gates; ++k) store(gates + k * lanes, tile_.at(r, layout_.nv, j * Cell::gates + k));
+        for (int k = 0; k < Cell::gates; ++k) store(gates + k * kUnitPad, tile_.at(r, layout_.nv, j * Cell::gates + k));
       }
     }
   }
@@ -275,8 +276,18 @@ class ForwardScan {
   void apply_cell(const typename Layout::Row* rows, int n, int64_t p) const {
     for (int j = 0; j < layout_.unit_vectors; ++j) {
       const int64_t u = (p * layout_.unit_vectors + j) * lanes;
-      if (u >= args_.H) return;
+      if (u >= args_.H) break;
       for (int r = 0; r < n; ++r) apply_cell(rows[r], r, j * Cell::gates, u);
+    }
+    if (!gates_ || p + 1 < layout_.panels) return;
+    for (int r = 0; r < n; ++r) clear_padding(rows[r]);
+  }
+
+  // Units that no vector of this instruction set covers, but a wider one's would in backward.
+  void clear_padding(const typename Layout::Row& row) const {
+    for (int64_t u = round_up(args_.H, lanes); u < layout_.Hp; u += lanes) {
+      for (int k = 0; k < Cell::saved; ++k) store(row.gates.vector(u) + k * kUnitPad, V{});
+      if constexpr (Cell::states > 1) store(row.c_after.vector(u), V{});
     }
   }
 
@@ -284,7 +295,7 @@ class ForwardScan {
     V x[Cell::gates], rec[Cell::gates], state[Cell::states], save[Cell::saved];
     A* const gates = row.gates.vector(u);
     for (int k = 0; k < Cell::gates; ++k) {
-      x[k] = load(gates + k * lanes);
+      x[k] = load(gates + k * kUnitPad);
       rec[k] = tile_.at(r, layout_.nv, v + k);
     }
     state[0] = load(row.h_before + u);
@@ -294,7 +305,7 @@ class ForwardScan {
     store_first(row.y + u, state[0], args_.H - u);
     if constexpr (Cell::states > 1) store(row.c_after.vector(u), state[1]);
     if (!gates_) return;
-    for (int k = 0; k < Cell::saved; ++k) store(gates + k * lanes, save[k]);
+    for (int k = 0; k < Cell::saved; ++k) store(gates + k * kUnitPad, save[k]);
   }
 
   // Rows whose sequence ends with step t hand out their final state, each thread its own units.

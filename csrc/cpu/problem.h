@@ -60,7 +60,7 @@ struct ForwardArgs {
   const void *h0, *c0;  // [G, B, H] or null (zeros)
   void* y;              // [N, G H]
   void *h_n, *c_n;      // [G, B, H]
-  void* gates;          // [G, N, saved Hp] accumulate type, or null: nothing is saved
+  void* gates;          // [G, N, saved Hp] accumulate type (see forward.h's Strided), or null: nothing is saved
   void* cells;          // [G, N, Hp] accumulate type, likewise, for cells with a second state
   void* workspace;
 };
