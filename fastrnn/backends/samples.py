@@ -35,9 +35,9 @@ class Samples(NamedTuple):
         found: list[Tensor | None] = []
         for g in range(problem.G):
             dgates_x, dgates_h = (d[g] for d in dgates)
-            mine = x[:, g * I : (g + 1) * I] if problem.grouped else x
+            x_g = x[:, g * I : (g + 1) * I] if problem.grouped else x
             h_before = steps.h_before(problem, inputs, y, g)
-            factors = [(dgates_x, mine), (dgates_h, h_before), (dgates_x, None), (dgates_h, None)]
+            factors = [(dgates_x, x_g), (dgates_h, h_before), (dgates_x, None), (dgates_h, None)]
             which = slice(4 * g, 4 * g + 4)
             found += [
                 self._product(*pair, rows) if needed and w is not None else None
