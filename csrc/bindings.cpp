@@ -69,11 +69,11 @@ struct Steps {
     int64_t rows = 0, before = B;
     for (int64_t t = 0; t < T; ++t) {
       const int64_t n = seq.batch_sizes[t];
-      require(n > 0 && n <= before, "batch_sizes must be positive and must not grow");
+      require(n > 0 && n <= before, "batch_sizes must be positive, at most B, and must not grow");
       offsets[static_cast<size_t>(t)] = rows;
       rows += before = n;
     }
-    require(rows == N && seq.batch_sizes[0] == B, "batch_sizes must begin with B and add up to the rows given");
+    require(rows == N, "batch_sizes must add up to the rows given");
     seq.offsets = offsets.data();
   }
   Steps(const Steps&) = delete;
@@ -91,6 +91,16 @@ std::vector<Group> make_groups(const std::vector<Address>& weights, const std::v
     groups.push_back({pointer(w[0]), pointer(w[1]), pointer(w[2]), pointer(w[3]), reverse[g]});
   }
   return groups;
+}
+
+std::vector<GroupGradients> make_gradients(const std::vector<Address>& addresses, size_t groups) {
+  require(addresses.size() == 4 * groups, "each group has four gradients: dw_ih, dw_hh, db_ih, db_hh");
+  std::vector<GroupGradients> gradients;
+  for (size_t g = 0; g < groups; ++g) {
+    const Address* const d = &addresses[4 * g];
+    gradients.push_back({pointer(d[0]), pointer(d[1]), pointer(d[2]), pointer(d[3])});
+  }
+  return gradients;
 }
 
 template <class Args>
@@ -159,83 +169,78 @@ int64_t run(const Call& call, const Args& args, int64_t bytes) {
   return 0;
 }
 
-int64_t forward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
-                const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address x,
-                int64_t x_stride_t, int64_t x_stride_b, Address h0, Address c0, Address y, Address h_n, Address c_n,
-                Address gates, Address cells, Address workspace, int64_t bytes) {
-  const Call call(cell, dtype, threads);
-  const Steps steps(T, B, N, batch_sizes);
-  const std::vector<Group> groups = make_groups(weights, reverse);
-  require(I > 0 && H > 0, "I and H must be positive");
-  require(x && y && h_n, "x, y and h_n must be given");
-  require(call.cell.states == 1 || c_n, "c_n must be given");
-  require(call.cell.states == 1 || !gates == !cells, "gates and cells are saved together");
-  ForwardArgs args{};
-  args.seq = steps.seq;
-  args.I = I;
-  args.H = H;
-  args.G = static_cast<int>(groups.size());
-  args.groups = groups.data();
-  args.x = pointer(x);
-  args.x_stride_t = x_stride_t;
-  args.x_stride_b = x_stride_b;
-  args.h0 = pointer(h0);
-  args.c0 = pointer(c0);
-  args.y = pointer(y);
-  args.h_n = pointer(h_n);
-  args.c_n = pointer(c_n);
-  args.gates = pointer(gates);
-  args.cells = pointer(cells);
-  args.workspace = pointer(workspace);
-  return run(call, args, bytes);
-}
-
-std::vector<GroupGradients> make_gradients(const std::vector<Address>& addresses, size_t groups) {
-  require(addresses.size() == 4 * groups, "each group has four gradients: dw_ih, dw_hh, db_ih, db_hh");
-  std::vector<GroupGradients> gradients;
-  for (size_t g = 0; g < groups; ++g) {
-    const Address* const d = &addresses[4 * g];
-    gradients.push_back({pointer(d[0]), pointer(d[1]), pointer(d[2]), pointer(d[3])});
+// One layer and its inputs, on which forward and backward may be called. Holds no memory of what it is given.
+class Layer {
+ public:
+  Layer(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
+        const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address x,
+        int64_t x_stride_t, int64_t x_stride_b, int64_t x_stride_g, Address h0, Address c0)
+      : call_(cell, dtype, threads), steps_(T, B, N, batch_sizes), groups_(make_groups(weights, reverse)) {
+    require(I > 0 && H > 0, "I and H must be positive");
+    require(x, "x must be given");
+    args_.seq = steps_.seq;
+    args_.I = I;
+    args_.H = H;
+    args_.G = static_cast<int>(groups_.size());
+    args_.groups = groups_.data();
+    args_.x = pointer(x);
+    args_.x_stride_t = x_stride_t;
+    args_.x_stride_b = x_stride_b;
+    args_.x_stride_g = x_stride_g;
+    args_.h0 = pointer(h0);
+    args_.c0 = pointer(c0);
   }
-  return gradients;
-}
+  Layer(const Layer&) = delete;
+  Layer& operator=(const Layer&) = delete;
 
-int64_t backward(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
-                 const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address x,
-                 int64_t x_stride_t, int64_t x_stride_b, Address h0, Address c0, Address y, Address gates,
-                 Address cells, Address dy, Address dh_n, Address dc_n, Address dx, Address dh0, Address dc0,
-                 const std::vector<Address>& dweights, Address workspace, int64_t bytes) {
-  const Call call(cell, dtype, threads);
-  const Steps steps(T, B, N, batch_sizes);
-  const std::vector<Group> groups = make_groups(weights, reverse);
-  const std::vector<GroupGradients> gradients = make_gradients(dweights, groups.size());
-  require(I > 0 && H > 0, "I and H must be positive");
-  require(x && y && gates, "x, y and gates must be given");
-  require(call.cell.states == 1 || cells, "cells must be given");
-  BackwardArgs args{};
-  args.seq = steps.seq;
-  args.I = I;
-  args.H = H;
-  args.G = static_cast<int>(groups.size());
-  args.groups = groups.data();
-  args.x = pointer(x);
-  args.x_stride_t = x_stride_t;
-  args.x_stride_b = x_stride_b;
-  args.h0 = pointer(h0);
-  args.c0 = pointer(c0);
-  args.y = pointer(y);
-  args.gates = pointer(gates);
-  args.cells = pointer(cells);
-  args.dy = pointer(dy);
-  args.dh_n = pointer(dh_n);
-  args.dc_n = pointer(dc_n);
-  args.dx = pointer(dx);
-  args.dh0 = pointer(dh0);
-  args.dc0 = pointer(dc0);
-  args.gradients = gradients.data();
-  args.workspace = pointer(workspace);
-  return run(call, args, bytes);
-}
+  int64_t forward(Address y, Address h_n, Address c_n, Address c, Address gates, Address cells, Address workspace,
+                  int64_t bytes) const {
+    require(y && h_n, "y and h_n must be given");
+    require(!has_c() || c_n, "c_n must be given");
+    require(!has_c() || !gates == !cells, "gates and cells are saved together");
+    ForwardArgs args{args_};
+    args.y = pointer(y);
+    args.h_n = pointer(h_n);
+    args.c_n = pointer(c_n);
+    args.c = pointer(c);
+    args.gates = pointer(gates);
+    args.cells = pointer(cells);
+    args.workspace = pointer(workspace);
+    return run(call_, args, bytes);
+  }
+
+  int64_t backward(Address y, Address gates, Address cells, Address dy, Address dh_n, Address dc_n, Address dc,
+                   Address dx, Address dh0, Address dc0, const std::vector<Address>& dweights, Address dgates_x,
+                   Address dgates_h, Address workspace, int64_t bytes) const {
+    require(y && gates, "y and gates must be given");
+    require(!has_c() || cells, "cells must be given");
+    const std::vector<GroupGradients> gradients = make_gradients(dweights, groups_.size());
+    BackwardArgs args{args_};
+    args.y = pointer(y);
+    args.gates = pointer(gates);
+    args.cells = pointer(cells);
+    args.dy = pointer(dy);
+    args.dh_n = pointer(dh_n);
+    args.dc_n = pointer(dc_n);
+    args.dc = pointer(dc);
+    args.dx = pointer(dx);
+    args.dh0 = pointer(dh0);
+    args.dc0 = pointer(dc0);
+    args.gradients = gradients.data();
+    args.dgates_x = pointer(dgates_x);
+    args.dgates_h = pointer(dgates_h);
+    args.workspace = pointer(workspace);
+    return run(call_, args, bytes);
+  }
+
+ private:
+  bool has_c() const { return call_.cell.states > 1; }
+
+  Call call_;
+  Steps steps_;
+  std::vector<Group> groups_;
+  LayerArgs args_{};
+};
 
 double fma_peak(int threads, double seconds) {
   require(threads >= 1, "threads must be at least 1");
@@ -283,6 +288,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
   m.def("use_isa", &use_isa, "Use this instruction set from now on, in the whole process.");
   m.def("fma_peak", &fma_peak, "Measured float32 multiply-add rate of that many threads together, GF/s.");
-  m.def("forward", &forward, "0 when done, else the bytes of workspace that it takes.");
-  m.def("backward", &backward, "0 when done, else the bytes of workspace that it takes.");
+  py::class_<Layer>(m, "Layer", "A layer and its inputs, none of which it keeps alive.")
+      .def(py::init<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, const std::vector<bool>&,
+                    const std::vector<Address>&, Address, Address, int64_t, int64_t, int64_t, Address, Address>())
+      .def("forward", &Layer::forward, "0 when done, else the bytes of workspace that it takes.")
+      .def("backward", &Layer::backward, "0 when done, else the bytes of workspace that it takes.");
 }

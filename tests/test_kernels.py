@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Case, Truth, as_function, make_inputs, run, run_python
+from helpers import Case, Truth, as_function, collect, make_inputs, run, run_python, using
 from torch import Tensor
 
 from fastrnn.backends import cpu
@@ -109,6 +109,25 @@ def test_values_and_gradients(cell: str, case: Case, dtype: torch.dtype, name: s
     inputs = make_inputs(cell, case, dtype)
     with isa(name), poisoned():
         ours = run(cell, case, inputs, "cpu")
+    expected.check(ours)
+
+
+@pytest.mark.parametrize("later", _C.isas())
+@pytest.mark.parametrize("first", _C.isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_one_instruction_set_saves_another_reads(
+    cell: str, dtype: torch.dtype, first: str, later: str
+) -> None:
+    case = Case(5, 3, 7, 37, reverse=BOTH)
+    expected = truth(cell, case, dtype)
+    inputs = make_inputs(cell, case, dtype)
+    leaves, layer = as_function(cell, case, inputs)
+    with poisoned():
+        with isa(first), using("cpu"):
+            outputs = layer(*leaves)
+        with isa(later):
+            ours = collect(outputs, inputs)
     expected.check(ours)
 
 

@@ -14,14 +14,14 @@ struct BackwardLayout {
   struct GroupBuffers {
     Panels<T> hh;              // W_hh by columns
     T* dgates[2];              // [B, depth] of the step after, in turn: the GEMM's A
-    A* dstates[Cell::states];  // [vectors, B, lanes] passed back past W_hh
+    A* dstates[Cell::states];  // [blocks, B, kUnitPad] passed back past W_hh
     T* h0;                     // [B, Hp] initial states, zeros where none were given
-    A* c0;                     // [vectors, B, lanes]
+    A* c0;                     // [blocks, B, kUnitPad]
   };
   // Where one batch row's vectors lie in one step.
   struct Row {
     Strided<const A> gates, c_before;
-    const T *h_before, *dy;
+    const T *h_before, *dy, *dc;
     T *dgates, *dgates_x, *dgates_h;
     Strided<A> dstates[Cell::states];
   };
@@ -94,6 +94,7 @@ class BackwardScan {
         dgates_h_(layout.products.group[g].dgates_h),
         y_(static_cast<const T*>(args.y) + g * args.H),
         dy_(args.dy ? static_cast<const T*>(args.dy) + g * args.H : nullptr),
+        dc_(args.dc ? static_cast<const T*>(args.dc) + g * args.H : nullptr),
         y_ld_(args.G * args.H),
         stage_(layout.products.stage) {
     const int64_t width = layout.nv * lanes;
@@ -110,9 +111,10 @@ class BackwardScan {
     if (dh0_) {
       const int64_t rows = share_.count(seq_.active(group_.step_to_time(0, seq_.T)));
       for_each_run(rows, -1, [&](int64_t j0, int n, int64_t p) { initial_gradient(j0, 0, n, p); });
+      store_state_gradient(0, dh0_, share_.count(seq_.active(0)));
     }
     if constexpr (Cell::states > 1) {
-      if (dc0_) store_state_gradient(1, dc0_);
+      if (dc0_) store_state_gradient(1, dc0_, 0);
     }
   }
 
@@ -199,6 +201,7 @@ class BackwardScan {
     if constexpr (Cell::states > 1) {
       r.c_before = initial ? strided_row<const A>(buffers_.c0, seq_.B, b, 1)
                            : strided_row(cells_ + seq_.offset(before) * layout_.Hp, rows_before, b, 1);
+      r.dc = dc_ ? dc_ + row * y_ld_ : nullptr;
     }
     return r;
   }
@@ -223,12 +226,15 @@ class BackwardScan {
   FASTRNN_INLINE void apply_cell(const typename Layout::Row& row, V dh, int64_t u) const {
     V save[Cell::saved], state[Cell::states], ds[Cell::states], dx[Cell::gates], dr[Cell::gates];
     const A* const gates = row.gates.vector(u);
-    for (int k = 0; k < Cell::saved; ++k) save[k] = load(gates + k * lanes);
+    for (int k = 0; k < Cell::saved; ++k) save[k] = load(gates + k * kUnitPad);
     state[0] = load_first(row.h_before + u, args_.H - u);
     if constexpr (Cell::states > 1) state[1] = load(row.c_before.vector(u));
     for (int k = 0; k < Cell::states; ++k) ds[k] = load(row.dstates[k].vector(u));
     ds[0] += dh;
     if (row.dy) ds[0] += load_first(row.dy + u, args_.H - u);
+    if constexpr (Cell::states > 1) {
+      if (row.dc) ds[1] += load_first(row.dc + u, args_.H - u);
+    }
     Cell::backward(save, state, ds, dx, dr);
     for (int k = 0; k < Cell::states; ++k) store(row.dstates[k].vector(u), ds[k]);
     for (int k = 0; k < Cell::gates; ++k) {
@@ -259,8 +265,9 @@ class BackwardScan {
     }
   }
 
-  void store_state_gradient(int k, T* out) const {
-    for (int64_t j = 0; j < share_.count(seq_.B); ++j) {
+  // What has reached the beginning of my rows from the first-th on; of rows without a step all there is.
+  void store_state_gradient(int k, T* out, int64_t first) const {
+    for (int64_t j = first; j < share_.count(seq_.B); ++j) {
       const int64_t b = share_.row(j);
       for (int64_t u = units_.begin; u < units_.end && u < args_.H; u += lanes) {
         store_first(out + b * args_.H + u, load(strided_row(buffers_.dstates[k], seq_.B, b, 1).vector(u)), args_.H - u);
@@ -279,7 +286,7 @@ class BackwardScan {
   const A *gates_, *cells_;
   const T *h0_, *c0_, *dh_n_, *dc_n_;
   T *dh0_, *dc0_, *dgates_x_, *dgates_h_;
-  const T *y_, *dy_;
+  const T *y_, *dy_, *dc_;
   int64_t y_ld_;
   A* stage_;
 };
@@ -300,7 +307,7 @@ void backward(const BackwardArgs& args, const Plan& plan, const Team& team, int 
   const Share share = Share::of(plan, team, args.G, thread);
   for (int g = share.group_begin; g < share.group_end; ++g) BackwardScan<Cell, T>(args, layout, share, g).run();
   team.everyone->wait(plan.threads);
-  products.run();
+  products.run(thread);
 }
 
 template <class Cell, class T>

@@ -19,18 +19,19 @@ T* group_matrix(void* base, int g, int64_t rows, int64_t columns) {
   return base ? static_cast<T*>(base) + g * rows * columns : nullptr;
 }
 
-// Vectors of accumulate type are kept [vector][row][..][lanes] within a step, the order in which the scan visits them.
-// This is one row of such an array.
+// Values of accumulate type are kept [block][row][..][kUnitPad] within a step, about the order in which the scan visits
+// them. No instruction set's width is in that, so that backward may run on another one than forward did. This is one
+// row of such an array.
 template <class A>
 struct Strided {
   A* data;
-  int64_t stride;  // from one vector to the next
-  A* vector(int64_t u) const { return data + u / kLanes<std::remove_const_t<A>> * stride; }
+  int64_t stride;  // from one block of units to the next
+  A* vector(int64_t u) const { return data + u / kUnitPad * stride + u % kUnitPad; }
 };
 
 template <class A>
 Strided<A> strided_row(A* step, int64_t rows, int64_t b, int64_t values) {
-  const int64_t width = values * kLanes<std::remove_const_t<A>>;
+  const int64_t width = values * kUnitPad;
   return {step + b * width, rows * width};
 }
 
@@ -41,14 +42,14 @@ struct ForwardLayout {
   struct GroupBuffers {
     Weights<T> ih, hh;
     T* h[2];     // [B, Hk] before and after a step, in turn
-    A* c;        // [vectors, B, lanes] initial cell states, and the current ones where they are not saved
-    A* gates_x;  // [chunk, vectors, B, gates, lanes] where the gates are not saved
+    A* c;        // [blocks, B, kUnitPad] initial cell states, and the current ones where they are not saved
+    A* gates_x;  // [chunk, blocks, B, gates, kUnitPad] where the gates are not saved
   };
   // Where one batch row's vectors lie in one step.
   struct Row {
     Strided<A> gates, c_before, c_after;
     const T* h_before;
-    T *h_after, *y;
+    T *h_after, *y, *c;
   };
   struct ThreadBuffers {
     T* x;               // [rows of a chunk, Ik]
@@ -116,6 +117,7 @@ class ForwardScan {
         seq_(args.seq),
         layout_(layout),
         share_(share),
+        g_(g),
         group_(args.groups[g]),
         buffers_(layout.group[g]),
         x_rows_(layout.thread.x),
@@ -131,10 +133,12 @@ class ForwardScan {
         h_n_(group_matrix<T>(args.h_n, g, seq_.B, args.H)),
         c_n_(group_matrix<T>(args.c_n, g, seq_.B, args.H)),
         y_(static_cast<T*>(args.y) + g * args.H),
+        c_(args.c ? static_cast<T*>(args.c) + g * args.H : nullptr),
         y_ld_(args.G * args.H) {}
 
   void run() {
     start_states();
+    finish_idle_rows();
     share_.sync();
     for (int64_t s0 = 0; s0 < seq_.T; s0 += chunk_) {
       const int64_t s1 = s0 + chunk_ < seq_.T ? s0 + chunk_ : seq_.T;
@@ -196,7 +200,7 @@ class ForwardScan {
       const int64_t t = group_.step_to_time(s, seq_.T);
       const int64_t count = share_.count(seq_.active(t));
       for (int64_t j = 0; j < count; ++j, ++rows) {
-        copy_x(rows, t, share_.row(j));
+        copy_x(rows, args_.template x_row<T>(g_, t, share_.row(j)));
         gates_rows_[rows] = gates_row(t, s0, share_.row(j));
       }
     }
@@ -212,11 +216,9 @@ class ForwardScan {
     }
   }
 
-  void copy_x(int64_t row, int64_t t, int64_t b) const {
-    const int64_t at =
-        seq_.offsets ? (seq_.offset(t) + b) * args_.x_stride_b : t * args_.x_stride_t + b * args_.x_stride_b;
+  void copy_x(int64_t row, const T* x) const {
     T* const out = x_rows_ + row * layout_.Ik;
-    std::memcpy(out, static_cast<const T*>(args_.x) + at, args_.I * sizeof(T));
+    std::memcpy(out, x, args_.I * sizeof(T));
     std::memset(out + args_.I, 0, (layout_.Ik - args_.I) * sizeof(T));
   }
 
@@ -226,7 +228,7 @@ class ForwardScan {
       if (u >= args_.H) return;
       for (int r = 0; r < n; ++r) {
         A* const gates = rows[r].vector(u);
-        for (int k = 0; k < Cell::gates; ++k) store(gates + k * lanes, tile_.at(r, layout_.nv, j * Cell::gates + k));
+        for (int k = 0; k < Cell::gates; ++k) store(gates + k * kUnitPad, tile_.at(r, layout_.nv, j * Cell::gates + k));
       }
     }
   }
@@ -262,6 +264,7 @@ class ForwardScan {
       const bool initial = b >= seq_.active_or_none(before);
       row.c_before = initial ? strided_row(buffers_.c, seq_.B, b, 1) : cell_row(before, b);
       row.c_after = cell_row(t, b);
+      row.c = c_ ? c_ + (seq_.offset(t) + b) * y_ld_ : nullptr;
     }
     return row;
   }
@@ -275,8 +278,18 @@ class ForwardScan {
   void apply_cell(const typename Layout::Row* rows, int n, int64_t p) const {
     for (int j = 0; j < layout_.unit_vectors; ++j) {
       const int64_t u = (p * layout_.unit_vectors + j) * lanes;
-      if (u >= args_.H) return;
+      if (u >= args_.H) break;
       for (int r = 0; r < n; ++r) apply_cell(rows[r], r, j * Cell::gates, u);
+    }
+    if (!gates_ || p + 1 < layout_.panels) return;
+    for (int r = 0; r < n; ++r) clear_padding(rows[r]);
+  }
+
+  // Units that no vector of this instruction set covers, but a wider one's would in backward.
+  void clear_padding(const typename Layout::Row& row) const {
+    for (int64_t u = round_up(args_.H, lanes); u < layout_.Hp; u += lanes) {
+      for (int k = 0; k < Cell::saved; ++k) store(row.gates.vector(u) + k * kUnitPad, V{});
+      if constexpr (Cell::states > 1) store(row.c_after.vector(u), V{});
     }
   }
 
@@ -284,7 +297,7 @@ class ForwardScan {
     V x[Cell::gates], rec[Cell::gates], state[Cell::states], save[Cell::saved];
     A* const gates = row.gates.vector(u);
     for (int k = 0; k < Cell::gates; ++k) {
-      x[k] = load(gates + k * lanes);
+      x[k] = load(gates + k * kUnitPad);
       rec[k] = tile_.at(r, layout_.nv, v + k);
     }
     state[0] = load(row.h_before + u);
@@ -292,25 +305,39 @@ class ForwardScan {
     Cell::forward(x, rec, state, save);
     store(row.h_after + u, state[0]);
     store_first(row.y + u, state[0], args_.H - u);
-    if constexpr (Cell::states > 1) store(row.c_after.vector(u), state[1]);
+    if constexpr (Cell::states > 1) {
+      store(row.c_after.vector(u), state[1]);
+      if (row.c) store_first(row.c + u, state[1], args_.H - u);
+    }
     if (!gates_) return;
-    for (int k = 0; k < Cell::saved; ++k) store(gates + k * lanes, save[k]);
+    for (int k = 0; k < Cell::saved; ++k) store(gates + k * kUnitPad, save[k]);
   }
 
-  // Rows whose sequence ends with step t hand out their final state, each thread its own units.
+  // Rows whose sequence ends with step t hand out their final state.
   void finish_rows(int64_t t) const {
-    const Units units = my_units();
-    const int64_t end = units.end < args_.H ? units.end : args_.H;
     const int64_t going_on = share_.count(seq_.active_or_none(group_.time_after(t)));
     for (int64_t j = going_on; j < share_.count(seq_.active(t)); ++j) {
       const int64_t b = share_.row(j);
-      const T* const y = y_ + (seq_.offset(t) + b) * y_ld_;
-      for (int64_t u = units.begin; u < end; ++u) h_n_[b * args_.H + u] = y[u];
-      if constexpr (Cell::states > 1) {
-        const Strided<A> c = cell_row(t, b);
-        for (int64_t u = units.begin; u < end; u += lanes)
-          store_first(c_n_ + b * args_.H + u, load(c.vector(u)), end - u);
-      }
+      finish_row(b, y_ + (seq_.offset(t) + b) * y_ld_, cell_row(t, b));
+    }
+  }
+
+  // Rows without a step end as they begin.
+  void finish_idle_rows() const {
+    for (int64_t j = share_.count(seq_.active(0)); j < share_.count(seq_.B); ++j) {
+      const int64_t b = share_.row(j);
+      finish_row(b, buffers_.h[0] + b * layout_.Hk, strided_row(buffers_.c, seq_.B, b, 1));
+    }
+  }
+
+  // Each thread its own units.
+  void finish_row(int64_t b, const T* h, Strided<A> c) const {
+    const Units units = my_units();
+    const int64_t end = units.end < args_.H ? units.end : args_.H;
+    for (int64_t u = units.begin; u < end; ++u) h_n_[b * args_.H + u] = h[u];
+    if constexpr (Cell::states > 1) {
+      for (int64_t u = units.begin; u < end; u += lanes)
+        store_first(c_n_ + b * args_.H + u, load(c.vector(u)), end - u);
     }
   }
 
@@ -318,6 +345,7 @@ class ForwardScan {
   const Sequence& seq_;
   const Layout& layout_;
   const Share& share_;
+  int g_;
   const Group& group_;
   const typename Layout::GroupBuffers& buffers_;
   T* x_rows_;
@@ -328,7 +356,7 @@ class ForwardScan {
   int64_t gates_values_;
   A *gates_, *cells_;
   const T *h0_, *c0_;
-  T *h_n_, *c_n_, *y_;
+  T *h_n_, *c_n_, *y_, *c_;
   int64_t y_ld_;
   Tile<T> tile_;
 };

@@ -16,7 +16,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Rows of all steps lie one after the other; step t has active(t) of them, row b of step t is row offset(t) + b.
-// A dense batch has B everywhere; a packed one has its rows sorted by length, so that active() never grows with t.
+// A dense batch has B everywhere; a packed one has its rows sorted by length, so that active() never grows with t. Rows
+// that are not even active at step 0 have no step, and their states stay what they are.
 struct Sequence {
   int64_t T, B, N;
   const int64_t* batch_sizes;  // [T], or null for a dense batch
@@ -50,42 +51,49 @@ struct Plan {
   bool pack;                               // false: too few rows to pay for packing the weights
 };
 
-struct ForwardArgs {
+// What forward and backward are both told.
+struct LayerArgs {
   Sequence seq;
   int64_t I, H;
   int G;
   const Group* groups;
-  const void* x;  // row (t, b) at t * x_stride_t + b * x_stride_b elements
+  const void* x;
   int64_t x_stride_t, x_stride_b;
+  int64_t x_stride_g;   // from one group's input to the next, 0: all groups read the same one
   const void *h0, *c0;  // [G, B, H] or null (zeros)
-  void* y;              // [N, G H]
-  void *h_n, *c_n;      // [G, B, H]
-  void* gates;          // [G, N, saved Hp] accumulate type, or null: nothing is saved
-  void* cells;          // [G, N, Hp] accumulate type, likewise, for cells with a second state
   void* workspace;
+
+  template <class T>
+  const T* x_row(int g, int64_t t, int64_t b) const {
+    const int64_t at = seq.offsets ? (seq.offset(t) + b) * x_stride_b : t * x_stride_t + b * x_stride_b;
+    return static_cast<const T*>(x) + g * x_stride_g + at;
+  }
+};
+
+struct ForwardArgs : LayerArgs {
+  void* y;          // [N, G H]
+  void *h_n, *c_n;  // [G, B, H]
+  void* c;          // [N, G H] the second state after every step, or null: not wanted
+  void* gates;      // [G, N, saved Hp] accumulate type (see forward.h's Strided), or null: nothing is saved
+  void* cells;      // [G, N, Hp] accumulate type, likewise, for cells with a second state
 };
 
 struct GroupGradients {
   void *dw_ih, *dw_hh, *db_ih, *db_hh;  // as the weights, or null: not wanted
 };
 
-struct BackwardArgs {
-  Sequence seq;
-  int64_t I, H;
-  int G;
-  const Group* groups;
-  const void* x;  // as in ForwardArgs
-  int64_t x_stride_t, x_stride_b;
-  const void *h0, *c0;
+struct BackwardArgs : LayerArgs {
   const void* y;                    // [N, G H]
   const void *gates, *cells;        // as saved by forward
-  const void* dy;                   // [N, G H] or null (zeros)
+  const void *dy, *dc;              // [N, G H] or null (zeros)
   const void *dh_n, *dc_n;          // [G, B, H] or null (zeros)
-  void* dx;                         // [N, I] or null: not wanted
+  void* dx;                         // [N, I], of groups with their own inputs [N, G I], or null: not wanted
   void *dh0, *dc0;                  // [G, B, H] or null
   const GroupGradients* gradients;  // [G]
-  void* workspace;
+  void *dgates_x, *dgates_h;        // [G, N, gates H] or null
 
+  // Inputs, each with a gradient of its own.
+  int inputs() const { return x_stride_g ? G : 1; }
   bool wants_dw_ih() const { return wants(&GroupGradients::dw_ih); }
   bool wants_dw_hh() const { return wants(&GroupGradients::dw_hh); }
 

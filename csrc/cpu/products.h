@@ -123,6 +123,10 @@ void pack_transposed(T* out, int64_t ld, Acc<T>* sums, const T* dgates, int64_t 
 template <class T>
 struct ProductsLayout {
   using A = Acc<T>;
+  struct Input {
+    RowPanels<T> panels;
+    const T** rows;  // [N]
+  };
   struct GroupBuffers {
     Panels<T> w_ih;          // by columns, for dx
     T *dgates_x, *dgates_h;  // [N, depth], the same where the cell's two kinds are
@@ -135,8 +139,11 @@ struct ProductsLayout {
     const int64_t N = args.seq.N;
     const int64_t dgates_size = (N + kRowPad<T>)*depth;
     thin = N < kThinRows;
-    x.data = args.wants_dw_ih() && !thin ? arena.take<T>(x.size()) : nullptr;
-    x_rows = args.wants_dw_ih() ? arena.take<const T*>(N) : nullptr;
+    for (int i = 0; i < args.inputs(); ++i) {
+      input[i].panels = x;
+      input[i].panels.data = args.wants_dw_ih() && !thin ? arena.take<T>(x.size()) : nullptr;
+      input[i].rows = args.wants_dw_ih() ? arena.take<const T*>(N) : nullptr;
+    }
     for (int g = 0; g < args.G; ++g) {
       GroupBuffers& buffers = group[g];
       buffers.dgates_x = arena.take<T>(dgates_size);
@@ -162,8 +169,8 @@ struct ProductsLayout {
 
   int64_t depth;
   bool thin;
-  RowPanels<T> x;
-  const T** x_rows;
+  RowPanels<T> x;  // what all inputs have in common
+  Input input[kMaxGroups];
   GroupBuffers group[kMaxGroups];
   T* lhs = nullptr;    // [kTaskRows, kSpan] of this thread: dgates transposed
   A* sums = nullptr;   // [kTaskRows]
@@ -192,7 +199,9 @@ class Products {
 
   // Everything that does not depend on dgates: the right-hand sides.
   void prepare() {
-    if (layout_.x_rows) find_x_rows();
+    for (int i = 0; i < args_.inputs(); ++i) {
+      if (layout_.input[i].rows) find_x_rows(i);
+    }
     for (int g = 0; g < args_.G; ++g) {
       if (layout_.group[g].h_rows) find_h_rows(g);
     }
@@ -209,35 +218,60 @@ class Products {
       }
       if (l.group[g].h_rows) pack_rows_of(l.group[g].h, l.group[g].h_rows, thread, threads);
     }
-    if (l.x_rows) pack_rows_of(l.x, l.x_rows, thread, threads);
+    for (int i = 0; i < args_.inputs(); ++i) {
+      if (l.input[i].rows) pack_rows_of(l.input[i].panels, l.input[i].rows, thread, threads);
+    }
   }
 
+  void run(int thread) {
+    if (args_.dgates_x || args_.dgates_h) copy_dgates(split(seq_.N, threads_, thread));
+    layout_.thin ? run_thin() : run_tasks();
+  }
+
+ private:
+  const typename Layout::Input& input_of(int g) const { return layout_.input[args_.inputs() > 1 ? g : 0]; }
+
   // The long tasks first, so that the short ones even out the end.
-  void run() {
-    if (layout_.thin) return run_thin();
+  void run_tasks() {
     const int64_t M = gates_ * Hp_, kinds = shared_ ? 1 : 2;
     const int64_t rows = M >= kTaskRows * 4 * threads_ ? kTaskRows : kSmallTaskRows, blocks = ceil_div(M, rows);
     const int64_t weight_tasks = args_.G * kinds * blocks;
-    const int64_t tasks = weight_tasks + (args_.dx ? ceil_div(seq_.N, kTaskRows) : 0);
+    const int64_t row_blocks = ceil_div(seq_.N, kTaskRows);
+    const int64_t tasks = weight_tasks + (args_.dx ? args_.inputs() * row_blocks : 0);
     for (int64_t i = team_.next_task(); i < tasks; i = team_.next_task()) {
       if (i < weight_tasks) {
         const int64_t m0 = i % blocks * rows;
         weight_gradient(static_cast<int>(i / blocks / kinds), i / blocks % kinds == 1, m0,
                         M - m0 < rows ? M - m0 : rows);
       } else {
-        const int64_t n0 = (i - weight_tasks) * kTaskRows;
-        input_gradient(n0, seq_.N - n0 < kTaskRows ? seq_.N - n0 : kTaskRows);
+        const int64_t n0 = (i - weight_tasks) % row_blocks * kTaskRows;
+        input_gradient(static_cast<int>((i - weight_tasks) / row_blocks), n0,
+                       seq_.N - n0 < kTaskRows ? seq_.N - n0 : kTaskRows);
       }
     }
   }
 
- private:
-  void find_x_rows() {
-    const T* const x = static_cast<const T*>(args_.x);
+  // Without the padding of units.
+  void copy_dgates(Range rows) const {
+    for (int g = 0; g < args_.G; ++g) {
+      const typename Layout::GroupBuffers& buffers = layout_.group[g];
+      for (int64_t n = rows.begin; n < rows.end; ++n) {
+        copy_gates(args_.dgates_x, buffers.dgates_x + n * layout_.depth, g * seq_.N + n);
+        copy_gates(args_.dgates_h, buffers.dgates_h + n * layout_.depth, g * seq_.N + n);
+      }
+    }
+  }
+
+  void copy_gates(void* out, const T* dgates, int64_t row) const {
+    if (!out) return;
+    T* const to = static_cast<T*>(out) + row * gates_ * args_.H;
+    for (int k = 0; k < gates_; ++k) std::memcpy(to + k * args_.H, dgates + k * Hp_, args_.H * sizeof(T));
+  }
+
+  void find_x_rows(int i) {
     for (int64_t t = 0; t < seq_.T; ++t) {
       for (int64_t b = 0; b < seq_.active(t); ++b) {
-        const int64_t n = seq_.offset(t) + b;
-        layout_.x_rows[n] = x + (seq_.offsets ? n * args_.x_stride_b : t * args_.x_stride_t + b * args_.x_stride_b);
+        layout_.input[i].rows[seq_.offset(t) + b] = args_.template x_row<T>(i, t, b);
       }
     }
   }
@@ -261,27 +295,32 @@ class Products {
     for (int64_t i = mine.begin; i < mine.end; ++i) pack_span(out, rows, i / out.panels, i % out.panels);
   }
 
-  void input_gradient(int64_t n0, int64_t rows) {
+  // The groups that read an input.
+  Range readers(int input) const { return args_.inputs() > 1 ? Range{input, input + 1} : Range{0, args_.G}; }
+  T* dx_row(int input, int64_t n) const { return static_cast<T*>(args_.dx) + (n * args_.inputs() + input) * args_.I; }
+
+  void input_gradient(int input, int64_t n0, int64_t rows) {
     const RowPanels<T>& x = layout_.x;
-    T* const dx = static_cast<T*>(args_.dx);
+    const Range groups = readers(input);
     for (int64_t p = 0; p < x.panels; ++p) {
-      for (int g = 0; g < args_.G; ++g) {
+      for (int64_t g = groups.begin; g < groups.end; ++g) {
         const Panels<T>& w = layout_.group[g].w_ih;
         const T* const next = w.panel(p + 1 < x.panels ? p + 1 : 0);
+        const bool first = g == groups.begin;
         multiply_deep(layout_.group[g].dgates_x + n0 * layout_.depth, layout_.depth, rows, w.panel(p), layout_.depth,
-                      x.nv, g ? layout_.stage : kZeros, g ? x.width() : 0, layout_.stage, next);
+                      x.nv, first ? kZeros : layout_.stage, first ? 0 : x.width(), layout_.stage, next);
       }
       for (int64_t r = 0; r < rows; ++r)
-        store_panel(dx + (n0 + r) * args_.I, args_.I, layout_.stage + r * x.width(), p, x.nv);
+        store_panel(dx_row(input, n0 + r), args_.I, layout_.stage + r * x.width(), p, x.nv);
     }
   }
 
   void run_thin() {
-    const int64_t columns = args_.dx ? ceil_div(args_.I, kThinColumns) : 0;
+    const int64_t parts = ceil_div(args_.I, kThinColumns), columns = args_.dx ? args_.inputs() * parts : 0;
     const int64_t blocks = ceil_div(args_.H, kTaskRows), tasks = columns + args_.G * gates_ * blocks;
     for (int64_t i = team_.next_task(); i < tasks; i = team_.next_task()) {
       if (i < columns) {
-        thin_input_gradient(i * kThinColumns);
+        thin_input_gradient(static_cast<int>(i / parts), i % parts * kThinColumns);
         continue;
       }
       const int64_t j = i - columns, unit = j % blocks * kTaskRows, gate = j / blocks % gates_;
@@ -292,17 +331,17 @@ class Products {
   }
 
   // Columns of dx as a sum of rows of W_ih.
-  void thin_input_gradient(int64_t column0) const {
+  void thin_input_gradient(int input, int64_t column0) const {
     const int64_t end = args_.I - column0 < kThinColumns ? args_.I : column0 + kThinColumns;
     for (int64_t n = 0; n < seq_.N; ++n) {
-      T* const dx = static_cast<T*>(args_.dx) + n * args_.I;
-      for (int64_t column = column0; column < end; column += kMaxVectors * lanes) thin_columns(dx, n, column, end);
+      for (int64_t column = column0; column < end; column += kMaxVectors * lanes) thin_columns(input, n, column, end);
     }
   }
 
-  void thin_columns(T* dx, int64_t n, int64_t column, int64_t end) const {
+  void thin_columns(int input, int64_t n, int64_t column, int64_t end) const {
     V sums[kMaxVectors] = {};
-    for (int g = 0; g < args_.G; ++g) {
+    const Range groups = readers(input);
+    for (int64_t g = groups.begin; g < groups.end; ++g) {
       const T* w = static_cast<const T*>(args_.groups[g].w_ih) + column;
       const T* const dgates = layout_.group[g].dgates_x + n * layout_.depth;
       for (int64_t row = 0; row < gates_ * args_.H; ++row, w += args_.I) {
@@ -313,7 +352,7 @@ class Products {
       }
     }
     for (int v = 0; v < kMaxVectors && column + v * lanes < end; ++v) {
-      store_first(dx + column + v * lanes, sums[v], end - column - v * lanes);
+      store_first(dx_row(input, n) + column + v * lanes, sums[v], end - column - v * lanes);
     }
   }
 
@@ -321,7 +360,7 @@ class Products {
     const GroupGradients& out = args_.gradients[g];
     const typename Layout::GroupBuffers& buffers = layout_.group[g];
     const int64_t row = gate * args_.H + unit, column = gate * Hp_ + unit;
-    thin_row(out.dw_ih, out.db_ih, row, buffers.dgates_x + column, layout_.x_rows, args_.I);
+    thin_row(out.dw_ih, out.db_ih, row, buffers.dgates_x + column, input_of(g).rows, args_.I);
     thin_row(out.dw_hh, out.db_hh, row, buffers.dgates_h + column, buffers.h_rows, args_.H);
   }
 
@@ -363,7 +402,7 @@ class Products {
       const int64_t ld = layout_.x.rows(span);
       pack_transposed(layout_.lhs, ld, layout_.sums, dgates + span * kSpan * layout_.depth, layout_.depth,
                       layout_.x.real_rows(span), rows);
-      if (ih && out.dw_ih) add_span(layout_.x, span, rows, layout_.stage);
+      if (ih && out.dw_ih) add_span(input_of(g).panels, span, rows, layout_.stage);
       if (hh && out.dw_hh) add_span(buffers.h, span, rows, h_stage);
     }
     if (ih) store_gradient(out.dw_ih, out.db_ih, layout_.x, layout_.stage, m0, rows);

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import Grads, Inputs, Outputs, Problem, SavedShape
+from .samples import Samples
 from .segments import packed
 
 try:
@@ -87,10 +88,6 @@ class _Cpu:
             return f"no kernel for {problem.dtype}; there is one for float32, float64 and bfloat16"
         if problem.cell.name not in _CELLS:
             return f"no kernel for the cell {problem.cell.name}"
-        if problem.grouped:
-            return "inputs of each group's own are not supported by the kernels"
-        if problem.all_states:
-            return "c of every step is not supported by the kernels"
         if problem.P:
             return "proj_size is not supported by the kernels"
         if problem.G > _C.max_groups:
@@ -117,12 +114,12 @@ class _Cpu:
         if inputs.lengths is None and inputs.reset is None:
             return _forward(problem, inputs, saved)
         ours, given, cuts = packed(problem, inputs)
-        y, h_n, c_n, _, _ = (_forward if ours.T else _forward_nothing)(ours, given, saved)
+        y, h_n, c_n, c, _ = (_forward if ours.T else _forward_nothing)(ours, given, saved)
         return Outputs(
             cuts.scatter(y, problem.T, problem.B),
             cuts.final(problem, h_n, inputs.h0),
             None if c_n is None else cuts.final(problem, c_n, inputs.c0),
-            None,
+            None if c is None else cuts.scatter(c, problem.T, problem.B),
             saved,
         )
 
@@ -136,10 +133,11 @@ class _Cpu:
         needs: Sequence[bool],
         samples: int,
     ) -> list[Tensor]:
+        apart = Samples(samples, problem.T, problem.B, None)
         if inputs.lengths is None and inputs.reset is None:
-            return _needed(_backward(problem, inputs, y, saved, grads, needs), needs)
+            return _needed(_backward(problem, inputs, y, saved, grads, needs, apart), needs)
         ours, given, cuts = packed(problem, inputs)
-        dy = None if grads.y is None else cuts.gather(grads.y)
+        dy, d_every_c = (None if d is None else cuts.gather(d) for d in (grads.y, grads.c))
         dh_n, dc_n = (cuts.final_gradient(problem, d) for d in (grads.h_n, grads.c_n))
         h_wanted, c_wanted = needs[1] or needs[3], needs[2] or needs[4]
         dx, dh, dc, _, _, *dweights = (_backward if ours.T else _backward_nothing)(
@@ -147,8 +145,9 @@ class _Cpu:
             given,
             cuts.gather(y),
             saved,
-            Grads(dy, dh_n, dc_n, None),
+            Grads(dy, dh_n, dc_n, d_every_c),
             (needs[0], h_wanted, c_wanted, False, False, *needs[5:]),
+            apart._replace(rows=cuts.rows),
         )
         h_grads = (None, None) if dh is None else cuts.initial_gradient(problem, dh, grads.h_n)
         c_grads = (None, None) if dc is None else cuts.initial_gradient(problem, dc, grads.c_n)
@@ -162,44 +161,56 @@ def _needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tenso
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
 
 
-def _sizes(problem: Problem, inputs: Inputs) -> tuple[int, ...]:
-    T, B = problem.T, problem.B
-    N = T * B if inputs.batch_sizes is None else inputs.x.shape[0]
-    code, dtype = _CELLS[problem.cell.name][0], _DTYPES[problem.dtype]
-    return code, dtype, torch.get_num_threads(), T, B, N, problem.I, problem.H
-
-
 def _readable(x: Tensor) -> Tensor:
     return x.contiguous() if x.stride(-1) != 1 and x.shape[-1] > 1 else x
 
 
-def _forward(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
-    """A dense batch, or a packed one."""
-    G, B, H = problem.G, problem.B, problem.H
+def _layer(problem: Problem, inputs: Inputs) -> tuple[_C.Layer, list[Tensor | None]]:
+    """A dense batch, or a packed one, and the tensors that have to outlive it."""
     x, batch_sizes = _readable(inputs.x), inputs.batch_sizes
     weights = [_contiguous(w) for w in inputs.weights]
     h0, c0 = _contiguous(inputs.h0), _contiguous(inputs.c0)
-    y = x.new_empty((*x.shape[:-1], G * H))
-    h_n = x.new_empty((G, B, H))
-    c_n = x.new_empty((G, B, H)) if problem.cell.states > 1 else None
-    _workspace.run(
-        _C.forward,
-        *_sizes(problem, inputs),
+    layer = _C.Layer(
+        _CELLS[problem.cell.name][0],
+        _DTYPES[problem.dtype],
+        torch.get_num_threads(),
+        problem.T,
+        problem.B,
+        problem.T * problem.B if batch_sizes is None else x.shape[0],
+        problem.I,
+        problem.H,
         problem.reverse,
         [_address(w) for w in weights],
         _address(batch_sizes),
         x.data_ptr(),
         x.stride(0) if batch_sizes is None else 0,
         x.stride(-2),
+        problem.I if problem.grouped else 0,
         _address(h0),
         _address(c0),
+    )
+    return layer, [x, h0, c0, *weights]
+
+
+def _forward(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
+    """A dense batch, or a packed one."""
+    G, B, H, x = problem.G, problem.B, problem.H, inputs.x
+    has_c = problem.cell.states > 1
+    y = x.new_empty((*x.shape[:-1], G * H))
+    h_n = x.new_empty((G, B, H))
+    c_n = x.new_empty((G, B, H)) if has_c else None
+    c = x.new_empty(y.shape) if problem.all_states and has_c else None
+    layer, _alive = _layer(problem, inputs)
+    _workspace.run(
+        layer.forward,
         y.data_ptr(),
         h_n.data_ptr(),
         _address(c_n),
+        _address(c),
         saved[0].data_ptr() if saved else 0,
         saved[1].data_ptr() if len(saved) > 1 else 0,
     )
-    return Outputs(y, h_n, c_n, None, saved)
+    return Outputs(y, h_n, c_n, c, saved)
 
 
 def _backward(
@@ -209,52 +220,51 @@ def _backward(
     saved: list[Tensor],
     grads: Grads,
     needs: Sequence[bool],
+    apart: Samples,
 ) -> list[Tensor | None]:
     """A dense batch, or a packed one: gradients of x, h0, c0, the two states at resets (None), and
     the weights."""
-    G, B, H = problem.G, problem.B, problem.H
-    x, batch_sizes, y = _readable(inputs.x), inputs.batch_sizes, y.contiguous()
-    weights = [_contiguous(w) for w in inputs.weights]
-    h0, c0 = _contiguous(inputs.h0), _contiguous(inputs.c0)
-    dy, dh_n, dc_n = _contiguous(grads.y), _contiguous(grads.h_n), _contiguous(grads.c_n)
+    G, B, H, x, y = problem.G, problem.B, problem.H, inputs.x, y.contiguous()
+    together = apart.number == 1
+    dy, dh_n, dc_n, dc = (_contiguous(g) for g in grads)
     dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
     dh0 = x.new_empty((G, B, H)) if needs[1] else None
     dc0 = x.new_empty((G, B, H)) if needs[2] else None
     dweights = [
-        torch.empty_like(w) if needed and w is not None else None
-        for w, needed in zip(weights, needs[5:], strict=True)
+        torch.empty(w.shape, dtype=w.dtype) if needed and together and w is not None else None
+        for w, needed in zip(inputs.weights, needs[5:], strict=True)
     ]
+    dgates = None if together else x.new_empty((2, G, y.shape[:-1].numel(), problem.cell.gates * H))
+    layer, _alive = _layer(problem, inputs)
     _workspace.run(
-        _C.backward,
-        *_sizes(problem, inputs),
-        problem.reverse,
-        [_address(w) for w in weights],
-        _address(batch_sizes),
-        x.data_ptr(),
-        x.stride(0) if batch_sizes is None else 0,
-        x.stride(-2),
-        _address(h0),
-        _address(c0),
+        layer.backward,
         y.data_ptr(),
         saved[0].data_ptr(),
         saved[1].data_ptr() if len(saved) > 1 else 0,
         _address(dy),
         _address(dh_n),
         _address(dc_n),
+        _address(dc),
         _address(dx),
         _address(dh0),
         _address(dc0),
         [_address(d) for d in dweights],
+        *((0, 0) if dgates is None else (d.data_ptr() for d in dgates)),
     )
+    if dgates is not None:
+        dweights = apart.weight_gradients(problem, inputs, y, tuple(dgates), needs[5:])
     return [dx, dh0, dc0, None, None, *dweights]
 
 
 def _forward_nothing(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
     """What _forward answers for a batch of no segments."""
-    x, G = inputs.x, problem.G
-    states = [x.new_empty((G, 0, problem.H)) for _ in range(problem.cell.states)]
-    c_n = states[1] if len(states) > 1 else None
-    return Outputs(x.new_empty((0, G * problem.H)), states[0], c_n, None, saved)
+    x, G, H = inputs.x, problem.G, problem.H
+    has_c = problem.cell.states > 1
+    c_n = x.new_empty((G, 0, H)) if has_c else None
+    c = x.new_empty((0, G * H)) if has_c and problem.all_states else None
+    return Outputs(
+        x.new_empty((0, G * problem.out)), x.new_empty((G, 0, problem.out)), c_n, c, saved
+    )
 
 
 def _backward_nothing(
@@ -264,11 +274,13 @@ def _backward_nothing(
     saved: list[Tensor],
     grads: Grads,
     needs: Sequence[bool],
+    apart: Samples,
 ) -> list[Tensor | None]:
     """What _backward answers for a batch of no segments."""
-    state = y.new_empty((problem.G, 0, problem.H))
-    dweights = [None if w is None else torch.zeros_like(w) for w in inputs.weights]
-    return [torch.empty_like(inputs.x), state, state, None, None, *dweights]
+    dh0, dc0 = (y.new_empty((problem.G, 0, width)) for width in (problem.out, problem.H))
+    lead = () if apart.number == 1 else (apart.number,)
+    dweights = [None if w is None else w.new_zeros((*lead, *w.shape)) for w in inputs.weights]
+    return [torch.empty_like(inputs.x), dh0, dc0, None, None, *dweights]
 
 
 CPU = _Cpu()

@@ -34,6 +34,7 @@ struct Shape {
   std::vector<int64_t> lengths = {};  // of the rows, longest first: packed
   bool bias = true, states = true;
   Layout layout = Layout::dense;
+  bool grouped = false;  // each group reads its own columns of x
 
   int G() const { return static_cast<int>(reverse.size()); }
 };
@@ -64,6 +65,10 @@ const std::vector<Shape>& shapes() {
          return lengths;
        }()},
       {2, 2, 3, 3, {false, true, false, true, true, false, true, false}},
+      {4, 7, 5, 21, {false, true}, {4, 3, 1, 0, 0, 0, 0}},
+      {2, 3, 5, 21, {true, false}, {1, 1, 0}, true, false},
+      {5, 6, 7, 18, {false, true, false}, {}, true, true, Layout::batch_first, true},
+      {1, 3, 70, 9, {false, true}, {}, false, false, Layout::padded_rows, true},
   };
   return all;
 }
@@ -73,16 +78,17 @@ struct Wishes {
   const char* name;
   bool dy, dh_n, dc_n;
   bool dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh;
-  bool only_first_group = false;
+  bool only_first_group = false, dc = false, dgates = false;
 };
 
-constexpr Wishes kAll = {"all", true, true, true, true, true, true, true, true, true, true};
+constexpr Wishes kAll = {"all", true, true, true, true, true, true, true, true, true, true, false, true, true};
 constexpr Wishes kPartial[] = {
     {"from dy to dx", true, false, false, true, false, false, false, false, false, false},
     {"from h_n to w_hh", false, true, false, false, false, false, false, true, false, false},
     {"from c_n to the states", false, false, true, false, true, true, false, false, false, false},
     {"from y to b_hh of one group", true, false, false, false, false, false, false, false, false, true, true},
     {"from y to w_ih of one group", true, false, false, false, false, true, true, false, false, false, true},
+    {"from c to dgates", false, false, false, false, false, false, false, false, false, false, false, true, true},
     {"from nothing", false, false, false, true, true, true, true, true, true, true},
 };
 
@@ -168,13 +174,14 @@ class Inputs {
     dy = numbers(seq.N * shape.G() * shape.H, 1);
     dh_n = numbers(states, 1);
     if (cell.states > 1) dc_n = numbers(states, 1);
+    if (cell.states > 1) dc = numbers(seq.N * shape.G() * shape.H, 1);
   }
   Inputs(const Inputs&) = delete;
   Inputs& operator=(const Inputs&) = delete;
 
   Sequence seq;
   std::vector<Group> groups;
-  const void *x = nullptr, *h0 = nullptr, *c0 = nullptr, *dy = nullptr, *dh_n = nullptr, *dc_n = nullptr;
+  const void *x = nullptr, *h0 = nullptr, *c0 = nullptr, *dy = nullptr, *dh_n = nullptr, *dc_n = nullptr, *dc = nullptr;
   int64_t x_stride_t = 0, x_stride_b = 0;
 
   template <class Args>
@@ -188,6 +195,7 @@ class Inputs {
     args.x = x;
     args.x_stride_t = x_stride_t;
     args.x_stride_b = x_stride_b;
+    args.x_stride_g = shape_.grouped ? shape_.I : 0;
     args.h0 = h0;
     args.c0 = c0;
     return args;
@@ -205,11 +213,12 @@ class Inputs {
   }
 
   void make_x() {
-    const int64_t row = shape_.layout == Layout::padded_rows ? shape_.I + 3 : shape_.I;
+    const int64_t columns = shape_.grouped ? shape_.G() * shape_.I : shape_.I;
+    const int64_t row = shape_.layout == Layout::padded_rows ? columns + 3 : columns;
     const bool batch_first = shape_.layout == Layout::batch_first;
     x_stride_t = batch_first ? row : shape_.B * row;
     x_stride_b = batch_first ? shape_.T * row : row;
-    x = numbers((seq.N - 1) * row + shape_.I, 1);
+    x = numbers((seq.N - 1) * row + columns, 1);
   }
 
   const void* numbers(int64_t count, double scale) {
@@ -314,6 +323,7 @@ Forward forward(const Kernel& kernel, const Division& division, const Inputs& in
   args.y = out.result(args.seq.N * args.G * args.H, kernel.dtype);
   args.h_n = out.result(states, kernel.dtype);
   args.c_n = out.result(states, kernel.dtype, has_c);
+  args.c = out.result(args.seq.N * args.G * args.H, kernel.dtype, has_c);
   args.gates = out.save(units * kernel.cell.saved, kernel.dtype, save);
   args.cells = out.save(units, kernel.dtype, save && has_c);
   call(kernel, division, args, fill);
@@ -332,7 +342,8 @@ Outputs backward(const Kernel& kernel, const Division& division, const Inputs& i
   args.dy = wishes.dy ? inputs.dy : nullptr;
   args.dh_n = wishes.dh_n ? inputs.dh_n : nullptr;
   args.dc_n = wishes.dc_n ? inputs.dc_n : nullptr;
-  args.dx = out.result(args.seq.N * args.I, dtype, wishes.dx);
+  args.dc = wishes.dc ? inputs.dc : nullptr;
+  args.dx = out.result(args.seq.N * args.inputs() * args.I, dtype, wishes.dx);
   args.dh0 = out.result(states, dtype, wishes.dh0);
   args.dc0 = out.result(states, dtype, wishes.dc0 && kernel.cell.states > 1);
   std::vector<GroupGradients> gradients;
@@ -345,6 +356,8 @@ Outputs backward(const Kernel& kernel, const Division& division, const Inputs& i
     gradients.push_back({dw_ih, dw_hh, db_ih, db_hh});
   }
   args.gradients = gradients.data();
+  args.dgates_x = out.result(args.G * args.seq.N * rows, dtype, wishes.dgates);
+  args.dgates_h = out.result(args.G * args.seq.N * rows, dtype, wishes.dgates);
   call(kernel, division, args, fill);
   return out;
 }

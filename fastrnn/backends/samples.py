@@ -1,0 +1,90 @@
+"""Weight gradients of each sample apart, as batched products with the gradients of the gates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import Inputs, Problem
+
+
+class Samples(NamedTuple):
+    """A batch [T, B] as `number` blocks of B / number rows."""
+
+    number: int
+    T: int
+    B: int
+    rows: Tensor | None  # [N] where a kernel's rows lie in the batch, t * B + b; None: as its steps
+
+    def weight_gradients(
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        y: Tensor,
+        dgates: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """From what a kernel was given and gave: `dgates` [G, N, gates*H] of the input's gates and
+        of the recurrent ones, `needs` of the weights. [number, *weight.shape] each."""
+        I, x = problem.I, inputs.x.reshape(-1, inputs.x.shape[-1])
+        steps = _Steps.of(problem, inputs)
+        rows = steps.step * problem.B + steps.row if self.rows is None else self.rows
+        found: list[Tensor | None] = []
+        for g in range(problem.G):
+            dgates_x, dgates_h = (d[g] for d in dgates)
+            x_g = x[:, g * I : (g + 1) * I] if problem.grouped else x
+            h_before = steps.h_before(problem, inputs, y, g)
+            factors = [(dgates_x, x_g), (dgates_h, h_before), (dgates_x, None), (dgates_h, None)]
+            which = slice(4 * g, 4 * g + 4)
+            found += [
+                self._product(*pair, rows) if needed and w is not None else None
+                for pair, needed, w in zip(
+                    factors, needs[which], inputs.weights[which], strict=True
+                )
+            ]
+        return found
+
+    def _product(self, left: Tensor, right: Tensor | None, rows: Tensor) -> Tensor:
+        """left^T right, or the column sums of left, over each block of rows."""
+        blocks = self._blocks(left, rows)
+        return blocks.sum(1) if right is None else blocks.mT @ self._blocks(right, rows)
+
+    def _blocks(self, packed: Tensor, rows: Tensor) -> Tensor:
+        """[N, W] -> [number, T*B/number, W], zero where a row of the batch has no step."""
+        batch = packed.new_zeros(self.T * self.B, packed.shape[-1])
+        batch.index_copy_(0, rows, packed)
+        blocks = batch.view(self.T, self.number, -1, packed.shape[-1])
+        return blocks.transpose(0, 1).flatten(1, 2)
+
+
+class _Steps(NamedTuple):
+    """Where each of a kernel's N rows stands."""
+
+    step: Tensor  # [N]
+    row: Tensor  # [N] within its step
+    first: Tensor  # [T] where each step's rows begin
+    sizes: Tensor  # [T]
+
+    @classmethod
+    def of(cls, problem: Problem, inputs: Inputs) -> _Steps:
+        sizes = inputs.batch_sizes
+        if sizes is None:
+            sizes = torch.full((problem.T,), problem.B)
+        step = torch.repeat_interleave(torch.arange(problem.T), sizes)
+        first = sizes.cumsum(0) - sizes
+        return cls(step, torch.arange(len(step)) - first[step], first, sizes)
+
+    def h_before(self, problem: Problem, inputs: Inputs, y: Tensor, g: int) -> Tensor:
+        """The state [N, out] from which each row's step began."""
+        after = y.reshape(len(self.step), problem.G, problem.out)[:, g]
+        before = self.step + 1 if problem.reverse[g] else self.step - 1
+        inside = (before >= 0) & (before < problem.T)
+        at = before.clamp(0, problem.T - 1)
+        inside &= self.row < self.sizes[at]
+        found = after[torch.where(inside, self.first[at] + self.row, 0)]
+        if inputs.h0 is None:
+            return found.masked_fill(~inside[:, None], 0)
+        return torch.where(inside[:, None], found, inputs.h0[g, self.row])
