@@ -189,3 +189,38 @@ def _is_readable(t: Any) -> bool:
     if type(t) in (tuple, list):
         return all(map(_is_readable, t))
     return type(t) in _PLAIN and not t.is_neg()
+
+
+def _operator(
+    cell: str,
+    backend: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    states: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None],
+    reverse: Sequence[bool],
+    batch: int,
+    save: bool,
+    all_states: bool,
+) -> list[Tensor]:
+    """The operator under autograd: in exported programs it stands alone, and Scan not around it.
+
+    What it saves is Scan's then; nobody else reads it."""
+    tensors = (x, batch_sizes, lengths, reset, *states, *weights)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    inputs = Inputs(x, batch_sizes, lengths, reset, states, weights)
+    if not grad:
+        with torch._C._AutoDispatchBelowAutograd():
+            found: list[Tensor] = torch.ops.fastrnn.forward.default(
+                cell, backend, *inputs, reverse, batch, save, all_states
+            )
+        return found
+    problem = ops.describe(cell, inputs, reverse, batch, all_states, grad)
+    y, h_n, c_n, c = Scan.apply(backend, problem, *tensors)  # type: ignore[no-untyped-call]
+    shapes = by_name(backend).saved_shapes(problem, 0) if save else []
+    return ops.flat(Outputs(y, h_n, c_n, c, [x.new_empty(0) for _ in shapes]))
+
+
+ops.LIBRARY.impl("forward", _operator, "Autograd")

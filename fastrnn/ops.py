@@ -27,15 +27,13 @@ from .backends import (
 )
 from .cells import CELLS
 
-_LIBRARY: Any = torch.library.Library("fastrnn", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY: Any = torch.library.Library("fastrnn", "DEF")  # type: ignore[no-untyped-call]
 _INPUTS = (
     "Tensor x, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, Tensor?[] states,"
     " Tensor?[] weights, bool[] reverse, SymInt batch"
 )
-_LIBRARY.define(
-    f"forward(str cell, str backend, {_INPUTS}, bool save, bool all_states) -> Tensor[]"
-)
-_LIBRARY.define(
+LIBRARY.define(f"forward(str cell, str backend, {_INPUTS}, bool save, bool all_states) -> Tensor[]")
+LIBRARY.define(
     f"backward(str cell, str backend, {_INPUTS}, Tensor y, Tensor[] saved, Tensor?[] grads,"
     " bool[] needs, SymInt samples) -> Tensor[]"
 )
@@ -200,7 +198,7 @@ def _kernels(name: str) -> Backend:
 
 
 for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("forward", forward, _key)
-    _LIBRARY.impl("backward", backward, _key)
-torch.library.register_fake("fastrnn::forward", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("fastrnn::backward", _backward_fake, lib=_LIBRARY)
+    LIBRARY.impl("forward", forward, _key)
+    LIBRARY.impl("backward", backward, _key)
+torch.library.register_fake("fastrnn::forward", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("fastrnn::backward", _backward_fake, lib=LIBRARY)

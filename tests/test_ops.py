@@ -1,18 +1,14 @@
-"""The torch.library operators: their schema, fake kernels, and what compilers and tracers make of
-them."""
+"""The torch.library operators: their schema, fake kernels, and what tracers make of them."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from helpers import LAYERS, Case, make_inputs
-from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn.backends import BACKENDS
@@ -98,56 +94,6 @@ def test_layer_on_fake_tensors(torch_kind: Any, kind: Any, options: Any) -> None
         y.sum().backward()
     assert y.shape == (5, 3, 12)
     assert all(p.grad.shape == p.shape for p in layer.parameters())
-
-
-@pytest.mark.parametrize(("torch_kind", "kind", "options"), LAYERS)
-def test_compile(torch_kind: Any, kind: Any, options: Any, backend: str) -> None:
-    """The whole layer in one graph, forward and backward, and no new graph for another T and B."""
-    torch._dynamo.reset()
-    layer = kind(4, 6, 2, bidirectional=True, **options)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
-    graphs = 0
-    for T, B in ((5, 3), (7, 2), (9, 4)):
-        x = torch.randn(T, B, 4, requires_grad=True)
-        found = torch.autograd.grad(compiled(x)[0].square().sum(), [x, *layer.parameters()])
-        expected = torch.autograd.grad(layer(x)[0].square().sum(), [x, *layer.parameters()])
-        torch.testing.assert_close(found, expected)
-        graphs = graphs or counter.frame_count
-    assert counter.frame_count == graphs
-    with torch.no_grad():
-        x = torch.randn(5, 3, 4)
-        torch.testing.assert_close(compiled(x)[0], layer(x)[0])
-
-
-def test_compile_inside_a_model(backend: str) -> None:
-    torch._dynamo.reset()
-    model = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 6))
-    x = torch.randn(5, 3, 4)
-    expected, _ = model(x)
-    compiled = torch.compile(
-        fastrnn.convert(copy.deepcopy(model)), backend="aot_eager", fullgraph=True
-    )
-    torch.testing.assert_close(compiled(x)[0], expected)
-
-
-def test_compile_packed(backend: str) -> None:
-    """The batch size is read from a tensor, which breaks the graph, and nothing else."""
-    torch._dynamo.reset()
-    layer = fastrnn.LSTM(4, 6)
-    packed = pack_padded_sequence(torch.randn(5, 3, 4), [5, 2, 1])
-    compiled = torch.compile(layer, backend="aot_eager")
-    torch.testing.assert_close(compiled(packed)[0].data, layer(packed)[0].data)
-
-
-def test_export(backend: str) -> None:
-    layer = fastrnn.LSTM(4, 6).eval()
-    T, B = torch.export.Dim("T"), torch.export.Dim("B")
-    program = torch.export.export(
-        layer, (torch.randn(5, 3, 4),), dynamic_shapes={"input": {0: T, 1: B}}
-    )
-    x = torch.randn(8, 2, 4)
-    torch.testing.assert_close(program.module()(x)[0], layer(x)[0])
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

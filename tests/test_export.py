@@ -1,0 +1,217 @@
+"""torch.export and ONNX: any T and B, from one program, with the numbers of eager."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers import LAYERS, STEPS, run_python
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import fastrnn
+import fastrnn.onnx
+
+layers = pytest.mark.parametrize(("torch_kind", "kind", "options"), LAYERS)
+I, H = 4, 6
+
+
+class Model(nn.Module):
+    """A layer among others, called in the way that the test asks for."""
+
+    def __init__(self, layer: nn.RNNBase, how: str) -> None:
+        super().__init__()
+        self.before, self.layer, self.how = nn.Linear(I, I), layer, how
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Any:
+        x = self.before(x)
+        if self.how == "hx":
+            return self.layer(x, rest if len(rest) > 1 else rest[0])
+        return self.layer(x, **{self.how: rest[0]} if rest else {})
+
+    def arguments(self, T: int, B: int) -> tuple[Tensor, ...]:
+        x = torch.randn(T, B, I)
+        if self.how == "lengths":
+            return x, torch.randint(0, T + 1, (B,)).index_fill(0, torch.tensor([0]), T)
+        if self.how == "reset":
+            return x, torch.rand(T, B) < 0.3
+        if self.how == "hx":
+            groups = self.layer.num_layers * (2 if self.layer.bidirectional else 1)
+            return x, *(torch.randn(groups, B, H) for _ in range(1 + (self.layer.mode == "LSTM")))
+        return (x,)
+
+    def dynamic_shapes(self) -> Any:
+        steps, states = {0: "T", 1: "B"}, {1: "B"}
+        rest = {"plain": (), "lengths": ({0: "B"},), "reset": (steps,)}
+        rest["hx"] = (states, states) if self.layer.mode == "LSTM" else (states,)
+        shapes = [steps, rest[self.how]] if rest[self.how] else [steps]
+        return torch.utils._pytree.tree_map_only(str, lambda n: torch.export.Dim(n), shapes)
+
+
+def gradients(model: nn.Module, arguments: tuple[Tensor, ...]) -> list[Tensor]:
+    loss = sum(o.square().sum() for o in tree_leaves(model(*arguments)))
+    return list(torch.autograd.grad(loss, list(model.parameters())))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["plain", "hx", "lengths", "reset"])
+@layers
+def test_dynamic_program_round_trip(torch_kind: Any, kind: Any, options: Any, how: str) -> None:
+    """Exported, saved and loaded, the model runs and trains at every T and B."""
+    model = Model(kind(I, H, 2, bidirectional=True, **options), how)
+    (*_, last) = fastrnn.explain(model.layer, torch.ones(2, 2, I))
+    if last.serves == "reference":
+        pytest.skip(str(last))
+    program = torch.export.export(
+        model, model.arguments(5, 3), dynamic_shapes=model.dynamic_shapes()
+    )
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for T, B in ((5, 3), (8, 2), (3, 9)):
+        arguments = model.arguments(T, B)
+        torch.testing.assert_close(loaded(*arguments), model(*arguments))
+        torch.testing.assert_close(gradients(loaded, arguments), gradients(model, arguments))
+
+
+@layers
+def test_exported_for_inference(torch_kind: Any, kind: Any, options: Any) -> None:
+    """Without gradients nothing is saved for them; yet the program can be trained."""
+    model = Model(kind(I, H, bias=False, **options), "hx").eval()
+    arguments = model.arguments(5, 3)
+    with torch.no_grad():
+        program = torch.export.export(model, arguments)
+    (*_, save, _) = next(n.args for n in program.graph.nodes if "fastrnn" in str(n.target))
+    assert save is False
+    module = program.module()
+    torch.testing.assert_close(gradients(module, arguments), gradients(model, arguments))
+    x = arguments[0].requires_grad_()
+    found, expected = (
+        torch.autograd.grad(
+            torch.autograd.grad(m(*arguments)[0].square().sum(), x, create_graph=True)[0].sum(), x
+        )
+        for m in (module, model)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_cell(torch_kind: Any, kind: Any, options: Any) -> None:
+    cell, B = kind(I, H, **options), torch.export.Dim("B")
+    program = torch.export.export(cell, (torch.randn(3, I),), dynamic_shapes={"input": {0: B}})
+    x = torch.randn(5, I)
+    torch.testing.assert_close(program.module()(x), cell(x))
+
+
+def run_onnx(program: Any, arguments: tuple[Tensor, ...]) -> list[Tensor]:
+    model = program.model_proto
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    names = [i.name for i in session.get_inputs()]
+    given = {name: a.numpy() for name, a in zip(names, arguments, strict=True)}
+    return [torch.from_numpy(y) for y in session.run(None, given)]
+
+
+def recurrent_nodes(program: Any) -> list[Any]:
+    return [
+        node for node in program.model_proto.graph.node if node.op_type in ("LSTM", "GRU", "RNN")
+    ]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "two"])
+@pytest.mark.parametrize("how", ["plain", "hx", "lengths"])
+@layers
+def test_onnx(torch_kind: Any, kind: Any, options: Any, how: str, bidirectional: bool) -> None:
+    """Two layers are two standard operators, whose numbers in onnxruntime are ours, at every T
+    and B."""
+    layer = kind(I, H, 2, bias=how != "hx", bidirectional=bidirectional, **options)
+    model = Model(layer, how).eval()
+    program = fastrnn.onnx.export(
+        model, model.arguments(5, 3), dynamic_shapes=model.dynamic_shapes(), verbose=False
+    )
+    nodes = recurrent_nodes(program)
+    assert [node.op_type for node in nodes] == [layer.mode.partition("_")[0]] * 2
+    stored = {tensor.name for tensor in program.model_proto.graph.initializer}
+    for node in nodes:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes["direction"] == (b"bidirectional" if bidirectional else b"forward")
+        assert attributes.get("layout", 0) == 0
+        if node.op_type == "GRU":
+            assert attributes["linear_before_reset"] == 1
+        assert {name for name in node.input[1:4] if name} <= stored
+    for T, B in ((5, 3), (9, 2), (1, 1)):
+        arguments = model.arguments(T, B)
+        with torch.no_grad():
+            expected = tree_leaves(model(*arguments))
+        torch.testing.assert_close(run_onnx(program, arguments), expected)
+
+
+@layers
+def test_onnx_of_one_shape(torch_kind: Any, kind: Any, options: Any, tmp_path: Any) -> None:
+    layer = kind(I, H, batch_first=True, **options).eval()
+    x = torch.randn(3, 5, I)
+    program = fastrnn.onnx.export(
+        layer, (x,), tmp_path / "layer.onnx", verbose=False, input_names=["x"]
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx")
+    assert [(i.name, i.shape) for i in session.get_inputs()] == [("x", [3, 5, I])]
+    with torch.no_grad():
+        expected = tree_leaves(layer(x))
+    found = [torch.from_numpy(y) for y in session.run(None, {"x": x.numpy()})]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(run_onnx(program, (x,)), expected)
+
+
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_onnx_of_a_cell(torch_kind: Any, kind: Any, options: Any) -> None:
+    cell, x = kind(I, H, **options).eval(), torch.randn(3, I)
+    program = fastrnn.onnx.export(cell, (x,), verbose=False)
+    with torch.no_grad():
+        torch.testing.assert_close(run_onnx(program, (x,)), tree_leaves(cell(x)))
+
+
+def test_onnx_of_an_exported_program() -> None:
+    layer, x = fastrnn.GRU(I, H, 2).eval(), torch.randn(5, 3, I)
+    program = torch.export.export(layer, (x,))
+    table = fastrnn.onnx.translations()
+    found = torch.onnx.export(program, custom_translation_table=table, verbose=False)
+    with torch.no_grad():
+        torch.testing.assert_close(run_onnx(found, (x,)), tree_leaves(layer(x)))
+        torch.testing.assert_close(
+            run_onnx(fastrnn.onnx.export(program, (x,), verbose=False), (x,)), tree_leaves(layer(x))
+        )
+
+
+def test_onnx_in_a_dtype_without_a_kernel() -> None:
+    layer = fastrnn.LSTM(I, H, 2).half().eval()
+    program = fastrnn.onnx.export(layer, (torch.randn(5, 3, I).half(),), verbose=False)
+    onnx.checker.check_model(program.model_proto, full_check=True)
+    assert len(recurrent_nodes(program)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Exporting a model while it is in training mode")
+def test_what_onnx_does_not_have_is_refused() -> None:
+    x = torch.randn(5, 3, I)
+    for layer, arguments, reason in (
+        (fastrnn.LSTM(I, H, proj_size=3), (x,), "its LSTM has no projection"),
+        (fastrnn.LSTM(I, H, return_states=True), (x,), "cell state of every step"),
+        (Model(fastrnn.GRU(I, H), "reset"), (x, torch.rand(5, 3) < 0.5), "no resets inside"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot export to ONNX: .*{reason}"):
+            fastrnn.onnx.export(layer, arguments, verbose=False)
+    assert fastrnn.explain(fastrnn.GRU(I, H), x)[0].refusals.keys().isdisjoint({"onnx"})
+
+
+def test_onnx_without_its_packages() -> None:
+    code = (
+        "import sys; sys.modules['onnxscript'] = None\n"
+        "import fastrnn, torch\n"
+        "import fastrnn.onnx\n"
+        "fastrnn.onnx.export(fastrnn.GRU(2, 3), (torch.ones(1, 1, 2),))\n"
+    )
+    found = run_python(code)
+    assert "ImportError: ONNX export needs: pip install onnx onnxscript" in found.stderr
