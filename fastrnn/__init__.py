@@ -16,6 +16,7 @@ from .backends.cpu import _MISSING as _REASON
 from .convert import convert, revert
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .streaming import stream
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "convert",
     "explain",
     "revert",
+    "stream",
 ]
 
 if _REASON is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .base import Backend, Grads, Inputs, Outputs, Problem, SavedShape, Weights
+from .base import Backend, Grads, Inputs, Outputs, Prepares, Problem, SavedShape, Weights
 from .cpu import CPU
 from .recompute import MARK, Recompute
 from .reference import REFERENCE
@@ -23,6 +23,7 @@ __all__ = [
     "Grads",
     "Inputs",
     "Outputs",
+    "Prepares",
     "Problem",
     "Recompute",
     "SavedShape",

@@ -157,6 +157,14 @@ class _Cpu:
         states = chain.from_iterable(zip(h_grads, c_grads, strict=True))
         return _needed((dx, *states, *dweights), needs)
 
+    def prepare(self, problem: Problem, inputs: Inputs, outputs: Outputs) -> Callable[[], None]:
+        arguments = _arguments(problem, inputs, outputs)
+
+        def run(_tensors: object = (inputs, outputs)) -> None:  # which it keeps alive
+            _workspace.run(_C.forward, *arguments)
+
+        return run
+
 
 def _needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
@@ -176,30 +184,37 @@ def _readable(x: Tensor) -> Tensor:
 def _forward(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
     """A dense batch, or a packed one."""
     G, B, H = problem.G, problem.B, problem.H
-    x, batch_sizes = _readable(inputs.x), inputs.batch_sizes
+    x = _readable(inputs.x)
     weights = [_contiguous(w) for w in inputs.weights]
     h0, c0 = _contiguous(inputs.h0), _contiguous(inputs.c0)
     y = x.new_empty((*x.shape[:-1], G * H))
     h_n = x.new_empty((G, B, H))
     c_n = x.new_empty((G, B, H)) if problem.cell.states > 1 else None
-    _workspace.run(
-        _C.forward,
+    outputs = Outputs(y, h_n, c_n, None, saved)
+    given = inputs._replace(x=x, weights=weights, states=(h0, c0, None, None))
+    _workspace.run(_C.forward, *_arguments(problem, given, outputs))
+    return outputs
+
+
+def _arguments(problem: Problem, inputs: Inputs, outputs: Outputs) -> tuple[object, ...]:
+    """What _C.forward takes, but for the workspace."""
+    x, batch_sizes, saved = inputs.x, inputs.batch_sizes, outputs.saved
+    return (
         *_sizes(problem, inputs),
         problem.reverse,
-        [_address(w) for w in weights],
+        [_address(w) for w in inputs.weights],
         _address(batch_sizes),
         x.data_ptr(),
         x.stride(0) if batch_sizes is None else 0,
         x.stride(-2),
-        _address(h0),
-        _address(c0),
-        y.data_ptr(),
-        h_n.data_ptr(),
-        _address(c_n),
+        _address(inputs.h0),
+        _address(inputs.c0),
+        outputs.y.data_ptr(),
+        outputs.h_n.data_ptr(),
+        _address(outputs.c_n),
         saved[0].data_ptr() if saved else 0,
         saved[1].data_ptr() if len(saved) > 1 else 0,
     )
-    return Outputs(y, h_n, c_n, None, saved)
 
 
 def _backward(
