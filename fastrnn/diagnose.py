@@ -78,8 +78,8 @@ def diagnose(
         \frac{\partial h_T}{\partial h_{T-k}} = \prod_{t=T-k+1}^{T} \frac{\partial h_t}{\partial
         h_{t-1}}, \qquad v \text{ random of norm 1}
 
-    as the root mean square over the batch. The layer is called step by step, so this is for looking,
-    not for training. Dropout is as the layer's mode has it; v is drawn by torch's generator.
+    as the root mean square over the batch. The layer is called step by step, so this is for a look
+    now and then. Dropout is as the layer's mode has it; v is drawn by torch's generator.
 
     >>> import torch, fastrnn
     >>> found = fastrnn.diagnose(fastrnn.LSTM(3, 8), torch.randn(50, 4, 3))
@@ -138,7 +138,7 @@ def _as_given(states: tuple[Tensor, ...]) -> Any:
 
 def _norm_of_rows(gradient: Tensor) -> Tensor:
     """[L, B, H] or [L, H] -> [L], the root mean square over B of the norms over H."""
-    norms = gradient.double().norm(dim=-1)
+    norms: Tensor = gradient.double().norm(dim=-1)
     return norms.square().mean(1).sqrt() if norms.dim() > 1 else norms
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
 import torch
-from helpers import BACKEND_NAMES, LAYERS
+from helpers import BACKEND_NAMES, LAYERS, run_python
 from torch import Tensor, nn
 
 import fastrnn
+from fastrnn.tbptt import detached
 
 each_layer = pytest.mark.parametrize(("theirs", "ours", "options"), LAYERS)
 
@@ -37,11 +37,7 @@ def test_it_is_bptt_of_the_window(
         covered = steps.stop
         torch.testing.assert_close(y, everything[steps])
         begin = max(0, steps.stop - window)
-        before = layer(x[:begin])[1] if begin else None
-        if before is not None:
-            before = (
-                tuple(s.detach() for s in before) if isinstance(before, tuple) else before.detach()
-            )
+        before = detached(layer(x[:begin])[1]) if begin else None
         alone, ends = layer(x[begin : steps.stop], before)
         expected = grads_of(layer, alone[steps.start - begin :].square().sum())
         torch.testing.assert_close(grads_of(layer, y.square().sum()), expected)
@@ -167,12 +163,12 @@ def test_norms_against_jacobians(theirs: Any, ours: Any, options: dict[str, Any]
 
 def test_exploding_and_vanishing() -> None:
     layer = fastrnn.RNN(2, 32)
-    x = 0.01 * torch.randn(40, 2, 2)
+    x = 1e-5 * torch.randn(40, 2, 2)  # so that tanh stays linear
     with torch.no_grad():
         nn.init.orthogonal_(layer.weight_hh_l0, 1.2)
         for bias in (layer.bias_ih_l0, layer.bias_hh_l0):
             bias.zero_()
-    assert fastrnn.diagnose(layer, x, lags=8).rate().item() > 1.1
+    assert 1.15 < fastrnn.diagnose(layer, x).rate().item() < 1.25
     with torch.no_grad():
         nn.init.orthogonal_(layer.weight_hh_l0, 0.5)
     found = fastrnn.diagnose(layer, x)
@@ -210,8 +206,5 @@ def test_plot() -> None:
 
 
 def test_nothing_is_imported_for_plots_before_one_is_asked_for() -> None:
-    from helpers import run_python
-
     found = run_python("import fastrnn, sys; assert 'matplotlib' not in sys.modules")
     assert found.returncode == 0, found.stderr
-    assert sys.version_info >= (3, 10)
