@@ -14,8 +14,11 @@ import warnings
 from .backends import backend
 from .backends.cpu import _MISSING as _REASON
 from .convert import convert, revert
+from .diagnose import diagnose
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .streaming import stream
+from .tbptt import tbptt
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -28,8 +31,11 @@ __all__ = [
     "__version__",
     "backend",
     "convert",
+    "diagnose",
     "explain",
     "revert",
+    "stream",
+    "tbptt",
 ]
 
 if _REASON is not None:

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .base import Backend, Grads, Inputs, Outputs, Problem, SavedShape, Weights, check_lengths
+from .base import (
+    Backend,
+    Grads,
+    Inputs,
+    Outputs,
+    Prepares,
+    Problem,
+    SavedShape,
+    Weights,
+    check_lengths,
+)
 from .cpu import CPU
 from .recompute import MARK, Recompute
 from .reference import REFERENCE
@@ -23,6 +33,7 @@ __all__ = [
     "Grads",
     "Inputs",
     "Outputs",
+    "Prepares",
     "Problem",
     "Recompute",
     "SavedShape",

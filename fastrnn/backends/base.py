@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -145,3 +145,13 @@ class Backend(Protocol):
 
     def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
         """Shapes and dtypes of what forward() saves, for tracing; N is the number of rows of x."""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A backend that can do beforehand all but the arithmetic of a forward pass."""
+
+    def prepare(self, problem: Problem, inputs: Inputs, outputs: Outputs) -> Callable[[], None]:
+        """A forward pass without gradients over these very tensors, all contiguous, to be called
+        any number of times: it reads what they hold then. The last states may be the initial ones,
+        which it overwrites."""

@@ -156,6 +156,15 @@ class _Cpu:
         states = chain.from_iterable(zip(h_grads, c_grads, strict=True))
         return _needed((dx, *states, *dweights), needs)
 
+    def prepare(self, problem: Problem, inputs: Inputs, outputs: Outputs) -> Callable[[], None]:
+        layer, alive = _layer(problem, inputs)
+        results = _results(outputs)
+
+        def run(_tensors: object = (alive, outputs)) -> None:  # which it keeps alive
+            _workspace.run(layer.forward, *results)
+
+        return run
+
 
 def _needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
@@ -189,7 +198,7 @@ def _layer(problem: Problem, inputs: Inputs) -> tuple[_C.Layer, list[Tensor | No
         _address(h0),
         _address(c0),
     )
-    return layer, [x, h0, c0, *weights]
+    return layer, [x, batch_sizes, h0, c0, *weights]
 
 
 def _forward(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
@@ -200,17 +209,17 @@ def _forward(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
     h_n = x.new_empty((G, B, H))
     c_n = x.new_empty((G, B, H)) if has_c else None
     c = x.new_empty(y.shape) if problem.all_states and has_c else None
+    outputs = Outputs(y, h_n, c_n, c, saved)
     layer, _alive = _layer(problem, inputs)
-    _workspace.run(
-        layer.forward,
-        y.data_ptr(),
-        h_n.data_ptr(),
-        _address(c_n),
-        _address(c),
-        saved[0].data_ptr() if saved else 0,
-        saved[1].data_ptr() if len(saved) > 1 else 0,
-    )
-    return Outputs(y, h_n, c_n, c, saved)
+    _workspace.run(layer.forward, *_results(outputs))
+    return outputs
+
+
+def _results(outputs: Outputs) -> tuple[int, ...]:
+    """Where Layer.forward is to write."""
+    y, h_n, c_n, c, saved = outputs
+    gates, cells, *_ = (*map(_address, saved), 0, 0)
+    return y.data_ptr(), h_n.data_ptr(), _address(c_n), _address(c), gates, cells
 
 
 def _backward(

@@ -1,0 +1,119 @@
+"""Truncated backpropagation through time over a stream of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Window(NamedTuple):
+    """One part of the stream: ``y, steps, hx``."""
+
+    y: Tensor  # the layer's output at the new steps, with its graph
+    steps: slice  # of the stream, which the new steps are: the targets' as well
+    hx: Any  # the states after them, detached
+
+
+def tbptt(
+    layer: Callable[..., tuple[Tensor, Any]],
+    x: Tensor,
+    hx: Any = None,
+    *,
+    window: int,
+    stride: int | None = None,
+    reset: Tensor | None = None,
+) -> Iterator[Window]:
+    r"""Run `layer` along `x`, part by part, so that each part's loss can be differentiated alone.
+
+    Every `stride` steps, the loss :math:`E` of these steps is differentiated through the last
+    `window` steps: the sum over the states' past that a gradient is (Pascanu, Mikolov and Bengio
+    2013, "On the difficulty of training recurrent neural networks", eqs. 3-5) loses its terms from
+    further back,
+
+    .. math::
+        \frac{\partial E_t}{\partial \theta} \approx \sum_{k = s}^{t} \frac{\partial E_t}{\partial
+        h_t} \frac{\partial h_t}{\partial h_k} \frac{\partial^+ h_k}{\partial \theta},
+        \quad s = \text{the first step of the window}
+
+    This is BPTT(h; h') of Williams and Peng 1990 ("An efficient gradient-based algorithm for
+    on-line training of recurrent network trajectories") with h = window and h' = stride. The states
+    are carried from part to part, detached. Where windows overlap (stride < window) the steps that
+    they share are run again, with the weights as they then are.
+
+    >>> import torch, fastrnn
+    >>> layer, x = fastrnn.GRU(3, 4), torch.randn(100, 2, 3)
+    >>> for y, steps, hx in fastrnn.tbptt(layer, x, window=20):
+    ...     y.square().mean().backward()  # then clip, let an optimizer step, and set to zero
+
+    Args:
+        layer: called as ``layer(x, hx)`` it returns the output and the states: any recurrent layer
+            in one direction, or a module around one.
+        x: the stream, [T, B, ..] or [T, ..]; [B, T, ..] if the layer has ``batch_first``. It may be
+            longer than memory if it is mapped from a file.
+        hx: the states to begin with, as `layer` takes them.
+        window: steps that a gradient reaches back, the newest included.
+        stride: new steps of each part, at most `window`, which is the default.
+        reset: bool, shaped as the first two dimensions of x, handed to `layer` part by part.
+
+    Yields:
+        A :class:`Window` for each part; the last one may have fewer steps.
+
+    Raises:
+        ValueError: `window` or `stride` is out of range.
+    """
+    stride = window if stride is None else stride
+    if window < 1:
+        raise ValueError(f"window should be at least 1, got {window}")
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride should be from 1 to window = {window}, got {stride}")
+    if getattr(layer, "bidirectional", False):
+        raise ValueError("a bidirectional layer needs the end of the stream at its beginning")
+    return _windows(layer, x, hx, window, stride, reset)
+
+
+def _windows(
+    layer: Callable[..., tuple[Tensor, Any]],
+    x: Tensor,
+    hx: Any,
+    window: int,
+    stride: int,
+    reset: Tensor | None,
+) -> Iterator[Window]:
+    axis = 1 if getattr(layer, "batch_first", False) and x.dim() > 2 else 0
+    T = x.shape[axis]
+
+    def run(begin: int, end: int, states: Any) -> tuple[Tensor, Any]:
+        options = {} if reset is None else {"reset": reset.narrow(axis, begin, end - begin)}
+        y, states, *_ = layer(x.narrow(axis, begin, end - begin), states, **options)
+        return y, states
+
+    first, states = 0, detached(hx)  # where the window begins, and the states before it
+    for begin in range(0, T, stride):
+        end = min(begin + stride, T)
+        following = max(first, min(end + stride, T) - window)  # where the next window begins
+        parts, ahead = [], states
+        if first < following:
+            y, ahead = run(first, following, states)
+            parts.append(y)
+        last = ahead
+        if following < end:
+            y, last = run(following, end, ahead)
+            parts.append(y)
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+        new = y.narrow(axis, begin - first, end - begin)
+        yield Window(new, slice(begin, end), detached(last))
+        first, states = following, detached(ahead)
+
+
+def detached(states: Any) -> Any:
+    """The same structure of tuples, lists and dicts with every tensor detached."""
+    if isinstance(states, Tensor):
+        return states.detach()
+    if isinstance(states, dict):
+        return {key: detached(value) for key, value in states.items()}
+    if isinstance(states, (tuple, list)):
+        return type(states)(detached(value) for value in states)
+    return states
