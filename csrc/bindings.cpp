@@ -80,25 +80,29 @@ struct Steps {
   Steps& operator=(const Steps&) = delete;
 };
 
-std::vector<Group> make_groups(const std::vector<Address>& weights, const std::vector<bool>& reverse) {
+// `per_group` weights each: w_ih, w_hh, b_ih, b_hh, and w_hr with a projection.
+std::vector<Group> make_groups(const std::vector<Address>& weights, const std::vector<bool>& reverse,
+                               size_t per_group) {
   require(!reverse.empty() && reverse.size() <= kMaxGroups,
           "there may be 1 to " + std::to_string(kMaxGroups) + " groups");
-  require(weights.size() == 4 * reverse.size(), "each group has four weights: w_ih, w_hh, b_ih, b_hh");
+  require(weights.size() == per_group * reverse.size(), "each group has " + std::to_string(per_group) + " weights");
   std::vector<Group> groups;
   for (size_t g = 0; g < reverse.size(); ++g) {
-    const Address* const w = &weights[4 * g];
-    require(w[0] && w[1], "w_ih and w_hh must be given");
-    groups.push_back({pointer(w[0]), pointer(w[1]), pointer(w[2]), pointer(w[3]), reverse[g]});
+    const Address* const w = &weights[per_group * g];
+    const Address w_hr = per_group > 4 ? w[4] : 0;
+    require(w[0] && w[1] && (per_group == 4 || w_hr), "w_ih, w_hh and w_hr must be given");
+    groups.push_back({pointer(w[0]), pointer(w[1]), pointer(w[2]), pointer(w[3]), pointer(w_hr), reverse[g]});
   }
   return groups;
 }
 
-std::vector<GroupGradients> make_gradients(const std::vector<Address>& addresses, size_t groups) {
-  require(addresses.size() == 4 * groups, "each group has four gradients: dw_ih, dw_hh, db_ih, db_hh");
+std::vector<GroupGradients> make_gradients(const std::vector<Address>& addresses, size_t groups, size_t per_group) {
+  require(addresses.size() == per_group * groups, "each weight has a gradient, or 0 in its place");
   std::vector<GroupGradients> gradients;
   for (size_t g = 0; g < groups; ++g) {
-    const Address* const d = &addresses[4 * g];
-    gradients.push_back({pointer(d[0]), pointer(d[1]), pointer(d[2]), pointer(d[3])});
+    const Address* const d = &addresses[per_group * g];
+    gradients.push_back(
+        {pointer(d[0]), pointer(d[1]), pointer(d[2]), pointer(d[3]), pointer(per_group > 4 ? d[4] : 0)});
   }
   return gradients;
 }
@@ -135,9 +139,10 @@ int64_t accumulate_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 
 void prepare_pages(const Call& call, const ForwardArgs& args, int64_t workspace) {
   const int64_t units = args.G * args.seq.N * round_up(args.H, kUnitPad);
-  prefer_huge_pages(args.y, args.G * args.seq.N * args.H * element_size(call.dtype));
+  prefer_huge_pages(args.y, args.G * args.seq.N * args.out() * element_size(call.dtype));
   prefer_huge_pages(args.gates, units * call.cell.saved * accumulate_size(call.dtype));
   prefer_huge_pages(args.cells, units * accumulate_size(call.dtype));
+  if (args.whole_h) prefer_huge_pages(args.whole_h, args.G * args.seq.N * args.H * element_size(call.dtype));
   prefer_huge_pages(args.workspace, workspace);
 }
 
@@ -172,15 +177,20 @@ int64_t run(const Call& call, const Args& args, int64_t bytes) {
 // One layer and its inputs, on which forward and backward may be called. Holds no memory of what it is given.
 class Layer {
  public:
-  Layer(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H,
+  Layer(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int64_t P,
         const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address x,
         int64_t x_stride_t, int64_t x_stride_b, int64_t x_stride_g, Address h0, Address c0)
-      : call_(cell, dtype, threads), steps_(T, B, N, batch_sizes), groups_(make_groups(weights, reverse)) {
-    require(I > 0 && H > 0, "I and H must be positive");
+      : call_(cell, dtype, threads),
+        steps_(T, B, N, batch_sizes),
+        per_group_(P ? 5 : 4),
+        groups_(make_groups(weights, reverse, per_group_)) {
+    require(I > 0 && H > 0 && P >= 0, "I and H must be positive, P not negative");
+    require(!P || has_c(), "a cell with a projection keeps its own state in c");
     require(x, "x must be given");
     args_.seq = steps_.seq;
     args_.I = I;
     args_.H = H;
+    args_.P = P;
     args_.G = static_cast<int>(groups_.size());
     args_.groups = groups_.data();
     args_.x = pointer(x);
@@ -193,11 +203,12 @@ class Layer {
   Layer(const Layer&) = delete;
   Layer& operator=(const Layer&) = delete;
 
-  int64_t forward(Address y, Address h_n, Address c_n, Address c, Address gates, Address cells, Address workspace,
-                  int64_t bytes) const {
+  int64_t forward(Address y, Address h_n, Address c_n, Address c, Address gates, Address cells, Address whole_h,
+                  Address workspace, int64_t bytes) const {
     require(y && h_n, "y and h_n must be given");
     require(!has_c() || c_n, "c_n must be given");
     require(!has_c() || !gates == !cells, "gates and cells are saved together");
+    require(!args_.P || !gates == !whole_h, "gates and whole_h are saved together");
     ForwardArgs args{args_};
     args.y = pointer(y);
     args.h_n = pointer(h_n);
@@ -205,20 +216,23 @@ class Layer {
     args.c = pointer(c);
     args.gates = pointer(gates);
     args.cells = pointer(cells);
+    args.whole_h = pointer(whole_h);
     args.workspace = pointer(workspace);
     return run(call_, args, bytes);
   }
 
-  int64_t backward(Address y, Address gates, Address cells, Address dy, Address dh_n, Address dc_n, Address dc,
-                   Address dx, Address dh0, Address dc0, const std::vector<Address>& dweights, Address dgates_x,
-                   Address dgates_h, Address workspace, int64_t bytes) const {
+  int64_t backward(Address y, Address gates, Address cells, Address whole_h, Address dy, Address dh_n, Address dc_n,
+                   Address dc, Address dx, Address dh0, Address dc0, const std::vector<Address>& dweights,
+                   Address dgates_x, Address dgates_h, Address dprojection, Address workspace, int64_t bytes) const {
     require(y && gates, "y and gates must be given");
     require(!has_c() || cells, "cells must be given");
-    const std::vector<GroupGradients> gradients = make_gradients(dweights, groups_.size());
+    require(!args_.P || whole_h, "whole_h must be given");
+    const std::vector<GroupGradients> gradients = make_gradients(dweights, groups_.size(), per_group_);
     BackwardArgs args{args_};
     args.y = pointer(y);
     args.gates = pointer(gates);
     args.cells = pointer(cells);
+    args.whole_h = pointer(whole_h);
     args.dy = pointer(dy);
     args.dh_n = pointer(dh_n);
     args.dc_n = pointer(dc_n);
@@ -229,6 +243,7 @@ class Layer {
     args.gradients = gradients.data();
     args.dgates_x = pointer(dgates_x);
     args.dgates_h = pointer(dgates_h);
+    args.dprojection = pointer(dprojection);
     args.workspace = pointer(workspace);
     return run(call_, args, bytes);
   }
@@ -238,6 +253,7 @@ class Layer {
 
   Call call_;
   Steps steps_;
+  size_t per_group_;
   std::vector<Group> groups_;
   LayerArgs args_{};
 };
@@ -289,7 +305,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &use_isa, "Use this instruction set from now on, in the whole process.");
   m.def("fma_peak", &fma_peak, "Measured float32 multiply-add rate of that many threads together, GF/s.");
   py::class_<Layer>(m, "Layer", "A layer and its inputs, none of which it keeps alive.")
-      .def(py::init<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, const std::vector<bool>&,
+      .def(py::init<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const std::vector<bool>&,
                     const std::vector<Address>&, Address, Address, int64_t, int64_t, int64_t, Address, Address>())
       .def("forward", &Layer::forward, "0 when done, else the bytes of workspace that it takes.")
       .def("backward", &Layer::backward, "0 when done, else the bytes of workspace that it takes.");

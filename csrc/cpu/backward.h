@@ -1,5 +1,6 @@
 // Backpropagation through time: dh_t = dy_t + (what t + 1 passed back) + dgates_{t+1} W_hh, then the cell's derivative
-// applied to each block while it is in cache. dx, dW and db follow from dgates in products.h.
+// applied to each block while it is in cache. With a projection dh_t reaches the cell through a second product, with
+// W_hr. dx, dW and db follow from dgates in products.h.
 #pragma once
 
 #include "forward.h"
@@ -12,36 +13,35 @@ template <class Cell, class T>
 struct BackwardLayout {
   using A = Acc<T>;
   struct GroupBuffers {
-    Panels<T> hh;              // W_hh by columns
+    Panels<T> hh, hr;          // W_hh and W_hr by columns
     T* dgates[2];              // [B, depth] of the step after, in turn: the GEMM's A
     A* dstates[Cell::states];  // [blocks, B, kUnitPad] passed back past W_hh
-    T* h0;                     // [B, Hp] initial states, zeros where none were given
+    T* h0;                     // [B, Op] initial states, zeros where none were given
     A* c0;                     // [blocks, B, kUnitPad]
   };
   // Where one batch row's vectors lie in one step.
   struct Row {
     Strided<const A> gates, c_before;
     const T *h_before, *dy, *dc;
-    T *dgates, *dgates_x, *dgates_h;
+    T *dgates, *dgates_x, *dgates_h, *dh;
     Strided<A> dstates[Cell::states];
   };
 
   BackwardLayout(const BackwardArgs& args, const Plan& plan, void* base, int thread_index)
       : Hp(round_up(args.H, kUnitPad)),
+        Op(round_up(args.out(), kUnitPad)),
         depth(round_up(Cell::gates * Hp, kDepthPad<T>)),
-        nv(plan.panel_vectors),
-        panels(ceil_div(args.H, nv * kLanes<A>)),
         arena_(base),
         products(arena_, args, plan, Cell::gates, Cell::shared_dgates, thread_index) {
     for (int g = 0; g < args.G; ++g) {
       GroupBuffers& buffers = group[g];
-      Panels<T>& p = buffers.hh = {nullptr, nullptr, panels, depth, nv};
-      p.data = plan.pack ? arena_.template take<T>(panels * p.stride()) : nullptr;
-      p.bias = plan.pack ? arena_.template take<A>(panels * p.width()) : nullptr;
+      const int vectors = args.P ? plan.proj_vectors : plan.panel_vectors;
+      buffers.hh = panels(args.out(), vectors, depth, plan.pack);
+      buffers.hr = panels(args.H, plan.panel_vectors, products.proj_depth, args.P > 0);
       const int64_t rows = args.seq.B + kRowPad<T> * plan.row_parts;
       for (T*& d : buffers.dgates) d = arena_.template take<T>(rows * depth);
-      for (A*& d : buffers.dstates) d = arena_.template take<A>(args.seq.B * Hp);
-      buffers.h0 = arena_.template take<T>(args.seq.B * Hp);
+      for (int k = 0; k < Cell::states; ++k) buffers.dstates[k] = arena_.template take<A>(args.seq.B * (k ? Hp : Op));
+      buffers.h0 = arena_.template take<T>(args.seq.B * Op);
       buffers.c0 = Cell::states > 1 ? arena_.template take<A>(args.seq.B * Hp) : nullptr;
     }
     for (int i = 0; i < plan.threads; ++i) {
@@ -50,15 +50,19 @@ struct BackwardLayout {
     }
   }
   int64_t bytes() const { return arena_.used(); }
-  int64_t width() const { return nv * kLanes<A>; }
 
-  int64_t Hp, depth;
-  int nv;
-  int64_t panels;
+  int64_t Hp, Op, depth;
   GroupBuffers group[kMaxGroups];
   Row* rows = nullptr;
 
  private:
+  Panels<T> panels(int64_t units, int vectors, int64_t panel_depth, bool packed) {
+    Panels<T> p{nullptr, nullptr, ceil_div(units, vectors * kLanes<A>), panel_depth, vectors};
+    p.data = packed ? arena_.template take<T>(p.count * p.stride()) : nullptr;
+    p.bias = packed ? arena_.template take<A>(p.count * p.width()) : nullptr;
+    return p;
+  }
+
   Arena arena_;
 
  public:
@@ -81,25 +85,25 @@ class BackwardScan {
         group_(args.groups[g]),
         buffers_(layout.group[g]),
         rows_(layout.rows),
-        panels_(split(layout.panels, share.unit_parts, share.unit_part)),
+        out_(args.out()),
+        cell_panels_(args.P ? buffers_.hr : buffers_.hh),
+        units_(share.units_of(cell_panels_.count, cell_panels_.width(), layout.Hp)),
+        out_units_(share.units_of(buffers_.hh.count, buffers_.hh.width(), layout.Op)),
         gates_(group_matrix<A>(args.gates, g, seq_.N, Cell::saved * layout.Hp)),
         cells_(group_matrix<A>(args.cells, g, seq_.N, layout.Hp)),
-        h0_(group_matrix<T>(args.h0, g, seq_.B, args.H)),
+        h0_(group_matrix<T>(args.h0, g, seq_.B, out_)),
         c0_(group_matrix<T>(args.c0, g, seq_.B, args.H)),
-        dh_n_(group_matrix<T>(args.dh_n, g, seq_.B, args.H)),
+        dh_n_(group_matrix<T>(args.dh_n, g, seq_.B, out_)),
         dc_n_(group_matrix<T>(args.dc_n, g, seq_.B, args.H)),
-        dh0_(group_matrix<T>(args.dh0, g, seq_.B, args.H)),
+        dh0_(group_matrix<T>(args.dh0, g, seq_.B, out_)),
         dc0_(group_matrix<T>(args.dc0, g, seq_.B, args.H)),
         dgates_x_(layout.products.group[g].dgates_x),
         dgates_h_(layout.products.group[g].dgates_h),
-        y_(static_cast<const T*>(args.y) + g * args.H),
-        dy_(args.dy ? static_cast<const T*>(args.dy) + g * args.H : nullptr),
-        dc_(args.dc ? static_cast<const T*>(args.dc) + g * args.H : nullptr),
-        y_ld_(args.G * args.H),
-        stage_(layout.products.stage) {
-    const int64_t width = layout.nv * lanes;
-    units_ = {panels_.begin * width, panels_.end == layout.panels ? layout.Hp : panels_.end * width};
-  }
+        dh_(layout.products.group[g].dprojection),
+        y_(group_columns<T>(args.y, g, out_)),
+        dy_(group_columns<T>(args.dy, g, out_)),
+        dc_(group_columns<T>(args.dc, g, args.H)),
+        stage_(layout.products.stage) {}
 
   void run() {
     start_states();
@@ -110,114 +114,158 @@ class BackwardScan {
     }
     if (dh0_) {
       const int64_t rows = share_.count(seq_.active(group_.step_to_time(0, seq_.T)));
-      for_each_run(rows, -1, [&](int64_t j0, int n, int64_t p) { initial_gradient(j0, 0, n, p); });
-      store_state_gradient(0, dh0_, share_.count(seq_.active(0)));
+      for_each_run(buffers_.hh, dgates_after(-1), rows, -1,
+                   [&](int64_t j0, int n, int64_t p) { initial_gradient(j0, 0, n, p); });
+      store_state_gradient(0, dh0_, out_units_, out_, share_.count(seq_.active(0)));
     }
     if constexpr (Cell::states > 1) {
-      if (dc0_) store_state_gradient(1, dc0_, 0);
+      if (dc0_) store_state_gradient(1, dc0_, units_, args_.H, 0);
     }
   }
 
  private:
   // Gradients of the final states wait in dstates for the step at which their row wakes.
   void start_states() {
-    const T* const finals[] = {dh_n_, dc_n_};
     for (int64_t j = 0; j < share_.count(seq_.B); ++j) {
       const int64_t b = share_.row(j);
-      for (int k = 0; k < Cell::states; ++k) start_state(buffers_.dstates[k], b, finals[k]);
       for (T* d : buffers_.dgates) clear_padding(d + b * layout_.depth);
-      T* const h = buffers_.h0 + b * layout_.Hp;
-      for (int64_t u = units_.begin; u < units_.end; ++u) h[u] = h0_ && u < args_.H ? h0_[b * args_.H + u] : T{};
-      if constexpr (Cell::states > 1) start_state(buffers_.c0, b, c0_);
+      start_state(buffers_.dstates[0], b, dh_n_, out_units_, out_);
+      T* const h = buffers_.h0 + b * layout_.Op;
+      for (int64_t u = out_units_.begin; u < out_units_.end; ++u) h[u] = h0_ && u < out_ ? h0_[b * out_ + u] : T{};
+      if constexpr (Cell::states > 1) {
+        start_state(buffers_.dstates[1], b, dc_n_, units_, args_.H);
+        start_state(buffers_.c0, b, c0_, units_, args_.H);
+      }
     }
   }
 
-  void start_state(A* states, int64_t b, const T* values) const {
+  void start_state(A* states, int64_t b, const T* values, Range units, int64_t columns) const {
     const Strided<A> row = strided_row(states, seq_.B, b, 1);
-    for (int64_t u = units_.begin; u < units_.end; u += lanes) {
-      store(row.vector(u), values && u < args_.H ? load_first(values + b * args_.H + u, args_.H - u) : V{});
+    for (int64_t u = units.begin; u < units.end; u += lanes) {
+      store(row.vector(u), values && u < columns ? load_first(values + b * columns + u, columns - u) : V{});
     }
   }
 
   // Units that no vector covers, and the depth's padding, are read by the GEMM and must be zero.
   void clear_padding(T* row) const {
-    if (panels_.end != layout_.panels) return;
+    if (units_.end != layout_.Hp) return;
     const int64_t covered = round_up(args_.H, lanes);
-    for (int k = 0; k < Cell::gates; ++k) {
-      for (int64_t u = covered; u < layout_.Hp; ++u) row[k * layout_.Hp + u] = T{};
-    }
-    for (int64_t k = Cell::gates * layout_.Hp; k < layout_.depth; ++k) row[k] = T{};
+    for (int k = 0; k < Cell::gates; ++k) clear(row + k * layout_.Hp, covered, layout_.Hp);
+    clear(row, Cell::gates * layout_.Hp, layout_.depth);
   }
 
-  // Calls body(first row, rows, panel) over my panels for runs of my first `rows` rows, `stage_` holding
-  // dgates W_hh of step s + 1 for them.
+  static void clear(T* row, int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) row[u] = T{};
+  }
+
+  // dgates of step s + 1, my rows, depth * row_parts apart.
+  const T* dgates_after(int64_t s) const { return buffers_.dgates[(s + 1) & 1] + share_.row(0) * layout_.depth; }
+
+  // Calls body(first row, rows, panel) over my panels of `w` for runs of my first `rows` rows, `stage_` holding their
+  // product with the panel. Row j of `a` is my j-th one.
   template <class Body>
-  void for_each_run(int64_t rows, int64_t s, Body body) {
-    const int64_t ld = share_.row_parts * layout_.depth;
-    const Panels<T>& w = buffers_.hh;
-    const T* const dgates = buffers_.dgates[(s + 1) & 1];
-    const Sweep sweep(panels_, s);
+  void for_each_run(const Panels<T>& w, const T* a, int64_t rows, int64_t s, Body body) {
+    const int64_t ld = share_.row_parts * w.depth;
+    const Sweep sweep(share_.panels(w.count), s);
     for (int64_t p = sweep.first; p != sweep.end; p += sweep.stride) {
       const T* const next = w.panel(p + sweep.stride == sweep.end ? p : p + sweep.stride);
       for (int64_t j0 = 0; j0 < rows; j0 += kTaskRows) {
         const int n = static_cast<int>(rows - j0 < kTaskRows ? rows - j0 : kTaskRows);
-        multiply_deep(dgates + share_.row(j0) * layout_.depth, ld, n, w.panel(p), w.depth, w.nv, w.panel_bias(p), 0,
-                      stage_, next);
+        multiply_deep(a + j0 * ld, ld, n, w.panel(p), w.depth, w.nv, w.panel_bias(p), 0, stage_, next);
         body(j0, n, p);
       }
     }
   }
 
-  // Rows that were active at the step after get its gradient through W_hh; rows that wake here have none; rows that
-  // fall silent here (reverse direction) have reached their initial state.
+  // The gradient of the state after step s, through W_hh of the step after it: body(rows, how many, panel, stride) has
+  // row r of the block at r * stride in the stage. Rows that wake here have none; rows that fall silent here (reverse
+  // direction) have reached their initial state.
+  template <class Body>
+  void for_each_state(int64_t s, int64_t rows, int64_t before, Body body) {
+    const Panels<T>& w = buffers_.hh;
+    for_each_run(w, dgates_after(s), before, s, [&](int64_t j0, int n, int64_t p) {
+      const int active = static_cast<int>(rows - j0 < 0 ? 0 : rows - j0 < n ? rows - j0 : n);
+      body(rows_ + j0, active, p, w.width());
+      if (dh0_) initial_gradient(j0, active, n, p);
+    });
+    if (before >= rows) return;
+    std::memset(stage_, 0, w.width() * sizeof(A));
+    const Range mine = share_.panels(w.count);
+    for (int64_t p = mine.begin; p < mine.end; ++p) body(rows_ + before, static_cast<int>(rows - before), p, 0);
+  }
+
   void step(int64_t s) {
+    using Row = typename Layout::Row;
     const int64_t t = group_.step_to_time(s, seq_.T);
     const int64_t rows = share_.count(seq_.active(t));
     const int64_t before = s + 1 < seq_.T ? share_.count(seq_.active(group_.time_after(t))) : 0;
     for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(share_.row(j), s, t);
-    for_each_run(before, s, [&](int64_t j0, int n, int64_t p) {
-      const int active = static_cast<int>(rows - j0 < 0 ? 0 : rows - j0 < n ? rows - j0 : n);
-      apply_cell(rows_ + j0, active, p, layout_.width());
-      if (dh0_) initial_gradient(j0, active, n, p);
-    });
-    if (before >= rows) return;
-    std::memset(stage_, 0, layout_.width() * sizeof(A));
-    const int woken = static_cast<int>(rows - before);
-    for (int64_t p = panels_.begin; p < panels_.end; ++p) apply_cell(rows_ + before, woken, p, 0);
+    if (!args_.P) {
+      for_each_state(s, rows, before,
+                     [&](const Row* r, int n, int64_t p, int64_t stride) { apply_cell(r, n, p, stride); });
+      return;
+    }
+    for_each_state(s, rows, before,
+                   [&](const Row* r, int n, int64_t p, int64_t stride) { add_output_gradient(r, n, p, stride); });
+    share_.sync();
+    for_each_run(buffers_.hr, dh_ + (seq_.offset(t) + share_.row(0)) * buffers_.hr.depth, rows, s,
+                 [&](int64_t j0, int n, int64_t p) { apply_cell(rows_ + j0, n, p, buffers_.hr.width()); });
   }
 
   typename Layout::Row find_row(int64_t b, int64_t s, int64_t t) const {
-    const int64_t row = seq_.offset(t) + b, before = group_.time_before(t);
+    const int64_t n = seq_.offset(t) + b, before = group_.time_before(t);
     typename Layout::Row r{};
     r.gates = strided_row(gates_ + seq_.offset(t) * Cell::saved * layout_.Hp, seq_.active(t), b, Cell::saved);
-    r.dy = dy_ ? dy_ + row * y_ld_ : nullptr;
+    r.dy = dy_ ? dy_ + n * args_.G * out_ : nullptr;
     r.dgates = buffers_.dgates[s & 1] + b * layout_.depth;
-    r.dgates_x = dgates_x_ + row * layout_.depth;
-    r.dgates_h = dgates_h_ + row * layout_.depth;
+    r.dgates_x = dgates_x_ + n * layout_.depth;
+    r.dgates_h = dgates_h_ + n * layout_.depth;
+    r.dh = args_.P ? dh_ + n * buffers_.hr.depth : nullptr;
     for (int k = 0; k < Cell::states; ++k) r.dstates[k] = strided_row(buffers_.dstates[k], seq_.B, b, 1);
     const int64_t rows_before = seq_.active_or_none(before);
     const bool initial = b >= rows_before;
-    r.h_before = initial ? buffers_.h0 + b * layout_.Hp : y_ + (seq_.offset(before) + b) * y_ld_;
+    if (!args_.P) {
+      r.h_before = initial ? buffers_.h0 + b * layout_.Op : y_ + (seq_.offset(before) + b) * args_.G * out_;
+    }
     if constexpr (Cell::states > 1) {
       r.c_before = initial ? strided_row<const A>(buffers_.c0, seq_.B, b, 1)
                            : strided_row(cells_ + seq_.offset(before) * layout_.Hp, rows_before, b, 1);
-      r.dc = dc_ ? dc_ + row * y_ld_ : nullptr;
+      r.dc = dc_ ? dc_ + n * args_.G * args_.H : nullptr;
     }
     return r;
   }
 
+  // All that reaches a projected state, kept for dW_hr and for the product with W_hr.
+  void add_output_gradient(const typename Layout::Row* rows, int n, int64_t p, int64_t stride) const {
+    const int nv = buffers_.hh.nv;
+    for (int v = 0; v < nv; ++v) {
+      const int64_t u = (p * nv + v) * lanes;
+      if (u >= args_.P) break;
+      for (int r = 0; r < n; ++r) {
+        A* const waiting = rows[r].dstates[0].vector(u);
+        V dh = load(stage_ + r * stride + v * lanes) + load(waiting);
+        if (rows[r].dy) dh += load_first(rows[r].dy + u, args_.P - u);
+        store(waiting, V{});
+        store(rows[r].dh + u, dh);
+      }
+    }
+    if (p + 1 < buffers_.hh.count) return;
+    for (int r = 0; r < n; ++r) clear(rows[r].dh, round_up(args_.P, lanes), buffers_.hr.depth);
+  }
+
   // Row r of the run takes what lies r * stride into the stage.
   void apply_cell(const typename Layout::Row* rows, int n, int64_t p, int64_t stride) const {
-    for (int v = 0; v < layout_.nv; ++v) {
-      const int64_t u = (p * layout_.nv + v) * lanes;
+    const int nv = cell_panels_.nv;
+    for (int v = 0; v < nv; ++v) {
+      const int64_t u = (p * nv + v) * lanes;
       if (u >= layout_.Hp) break;
       for (int r = 0; r < n; ++r) {
         u < args_.H ? apply_cell(rows[r], load(stage_ + r * stride + v * lanes), u) : clear_vector(rows[r], u);
       }
     }
-    if (p + 1 < layout_.panels) return;
+    if (p + 1 < cell_panels_.count) return;
     for (int r = 0; r < n; ++r) {
-      for (int64_t u = layout_.panels * layout_.nv * lanes; u < layout_.Hp; u += lanes) clear_vector(rows[r], u);
+      for (int64_t u = cell_panels_.count * cell_panels_.width(); u < layout_.Hp; u += lanes) clear_vector(rows[r], u);
       for (int64_t k = Cell::gates * layout_.Hp; k < layout_.depth; ++k)
         rows[r].dgates_x[k] = rows[r].dgates_h[k] = T{};
     }
@@ -227,16 +275,20 @@ class BackwardScan {
     V save[Cell::saved], state[Cell::states], ds[Cell::states], dx[Cell::gates], dr[Cell::gates];
     const A* const gates = row.gates.vector(u);
     for (int k = 0; k < Cell::saved; ++k) save[k] = load(gates + k * kUnitPad);
-    state[0] = load_first(row.h_before + u, args_.H - u);
+    state[0] = row.h_before ? load_first(row.h_before + u, args_.H - u) : V{};
     if constexpr (Cell::states > 1) state[1] = load(row.c_before.vector(u));
-    for (int k = 0; k < Cell::states; ++k) ds[k] = load(row.dstates[k].vector(u));
-    ds[0] += dh;
-    if (row.dy) ds[0] += load_first(row.dy + u, args_.H - u);
+    ds[0] = dh;
+    if (!row.dh) {
+      ds[0] += load(row.dstates[0].vector(u));
+      if (row.dy) ds[0] += load_first(row.dy + u, args_.H - u);
+    }
+    for (int k = 1; k < Cell::states; ++k) ds[k] = load(row.dstates[k].vector(u));
     if constexpr (Cell::states > 1) {
       if (row.dc) ds[1] += load_first(row.dc + u, args_.H - u);
     }
     Cell::backward(save, state, ds, dx, dr);
-    for (int k = 0; k < Cell::states; ++k) store(row.dstates[k].vector(u), ds[k]);
+    if (!row.dh) store(row.dstates[0].vector(u), ds[0]);
+    for (int k = 1; k < Cell::states; ++k) store(row.dstates[k].vector(u), ds[k]);
     for (int k = 0; k < Cell::gates; ++k) {
       store(row.dgates + k * layout_.Hp + u, dr[k]);
       store(row.dgates_x + k * layout_.Hp + u, dx[k]);
@@ -253,24 +305,25 @@ class BackwardScan {
 
   // Rows [from, n) of the run have no earlier step: what would go there is their initial state's gradient.
   void initial_gradient(int64_t j0, int from, int n, int64_t p) const {
-    for (int v = 0; v < layout_.nv; ++v) {
-      const int64_t u = (p * layout_.nv + v) * lanes;
-      if (u >= args_.H) return;
+    const Panels<T>& w = buffers_.hh;
+    for (int v = 0; v < w.nv; ++v) {
+      const int64_t u = (p * w.nv + v) * lanes;
+      if (u >= out_) return;
       for (int r = from; r < n; ++r) {
         const int64_t b = share_.row(j0 + r);
-        const V d = load(stage_ + r * layout_.width() + v * lanes) +
-                    load(strided_row(buffers_.dstates[0], seq_.B, b, 1).vector(u));
-        store_first(dh0_ + b * args_.H + u, d, args_.H - u);
+        const V d =
+            load(stage_ + r * w.width() + v * lanes) + load(strided_row(buffers_.dstates[0], seq_.B, b, 1).vector(u));
+        store_first(dh0_ + b * out_ + u, d, out_ - u);
       }
     }
   }
 
   // What has reached the beginning of my rows from the first-th on; of rows without a step all there is.
-  void store_state_gradient(int k, T* out, int64_t first) const {
+  void store_state_gradient(int k, T* out, Range units, int64_t columns, int64_t first) const {
     for (int64_t j = first; j < share_.count(seq_.B); ++j) {
       const int64_t b = share_.row(j);
-      for (int64_t u = units_.begin; u < units_.end && u < args_.H; u += lanes) {
-        store_first(out + b * args_.H + u, load(strided_row(buffers_.dstates[k], seq_.B, b, 1).vector(u)), args_.H - u);
+      for (int64_t u = units.begin; u < units.end && u < columns; u += lanes) {
+        store_first(out + b * columns + u, load(strided_row(buffers_.dstates[k], seq_.B, b, 1).vector(u)), columns - u);
       }
     }
   }
@@ -282,12 +335,13 @@ class BackwardScan {
   const Group& group_;
   const typename Layout::GroupBuffers& buffers_;
   typename Layout::Row* rows_;
-  Range panels_, units_;
+  int64_t out_;
+  const Panels<T>& cell_panels_;  // those whose product the cell's derivative is applied to
+  Range units_, out_units_;
   const A *gates_, *cells_;
   const T *h0_, *c0_, *dh_n_, *dc_n_;
-  T *dh0_, *dc0_, *dgates_x_, *dgates_h_;
+  T *dh0_, *dc0_, *dgates_x_, *dgates_h_, *dh_;
   const T *y_, *dy_, *dc_;
-  int64_t y_ld_;
   A* stage_;
 };
 
@@ -297,10 +351,14 @@ void backward(const BackwardArgs& args, const Plan& plan, const Team& team, int 
   const BackwardLayout<Cell, T> layout(args, plan, args.workspace, thread);
   Products<T> products(args, layout.products, team, plan.threads, Cell::gates, Cell::shared_dgates);
   if (thread == 0) products.prepare();
-  const Range mine = split(plan.pack ? layout.panels : 0, plan.threads, thread);
   for (int g = 0; g < args.G; ++g) {
-    const T* const w = static_cast<const T*>(args.groups[g].w_hh);
-    for (int64_t p = mine.begin; p < mine.end; ++p) pack_columns(layout.group[g].hh, p, w, Cell::gates, args.H, args.H);
+    const Panels<T>&hh = layout.group[g].hh, &hr = layout.group[g].hr;
+    const Range mine = split(plan.pack ? hh.count : 0, plan.threads, thread);
+    const T* const w_hh = static_cast<const T*>(args.groups[g].w_hh);
+    for (int64_t p = mine.begin; p < mine.end; ++p) pack_columns(hh, p, w_hh, Cell::gates, args.H, args.out());
+    const Range projected = split(args.P ? hr.count : 0, plan.threads, thread);
+    const T* const w_hr = static_cast<const T*>(args.groups[g].w_hr);
+    for (int64_t p = projected.begin; p < projected.end; ++p) pack_columns(hr, p, w_hr, 1, args.P, args.H);
   }
   team.everyone->wait(plan.threads);
   products.pack(thread, plan.threads);

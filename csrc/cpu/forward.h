@@ -1,5 +1,6 @@
 // The forward scan: gates_x = x W_ih^T + b_ih for a chunk of timesteps, then step by step
-// h_{t-1} W_hh^T + b_hh with the cell applied to each block while it is in cache.
+// h_{t-1} W_hh^T + b_hh with the cell applied to each block while it is in cache. With a projection (Sak et al. 2014) a
+// second product makes h_t of what the cell gives.
 #pragma once
 
 #include "../cells/cells.h"
@@ -9,15 +10,6 @@
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
-
-template <class T>
-const T* group_matrix(const void* base, int g, int64_t rows, int64_t columns) {
-  return base ? static_cast<const T*>(base) + g * rows * columns : nullptr;
-}
-template <class T>
-T* group_matrix(void* base, int g, int64_t rows, int64_t columns) {
-  return base ? static_cast<T*>(base) + g * rows * columns : nullptr;
-}
 
 // Values of accumulate type are kept [block][row][..][kUnitPad] within a step, about the order in which the scan visits
 // them. No instruction set's width is in that, so that backward may run on another one than forward did. This is one
@@ -40,8 +32,9 @@ template <class Cell, class T>
 struct ForwardLayout {
   using A = Acc<T>;
   struct GroupBuffers {
-    Weights<T> ih, hh;
-    T* h[2];     // [B, Hk] before and after a step, in turn
+    Weights<T> ih, hh, hr;
+    T* h[2];     // [B, Ok] before and after a step, in turn
+    T* whole_h;  // [B, Hk] what is projected
     A* c;        // [blocks, B, kUnitPad] initial cell states, and the current ones where they are not saved
     A* gates_x;  // [chunk, blocks, B, gates, kUnitPad] where the gates are not saved
   };
@@ -60,19 +53,23 @@ struct ForwardLayout {
   ForwardLayout(const ForwardArgs& args, const Plan& plan, void* base, int thread_index)
       : Hp(round_up(args.H, kUnitPad)),
         Hk(round_up(Hp, kDepthPad<T>)),
+        Op(round_up(args.out(), kUnitPad)),
+        Ok(round_up(Op, kDepthPad<T>)),
         Ik(round_up(args.I, kDepthPad<T>)),
-        unit_vectors(plan.panel_vectors),
-        nv(unit_vectors * Cell::gates),
-        panels(ceil_div(args.H, unit_vectors * kLanes<A>)),
         arena_(base) {
     const Sequence& seq = args.seq;
     const int64_t chunk = plan.chunk < seq.T ? plan.chunk : seq.T;
     for (int g = 0; g < args.G; ++g) {
+      const Group& given = args.groups[g];
       GroupBuffers& buffers = group[g];
-      buffers.ih = weights(args.groups[g].w_ih, args.groups[g].b_ih, args, args.I, Ik, plan.pack);
-      buffers.hh = weights(args.groups[g].w_hh, args.groups[g].b_hh, args, args.H, Hk, plan.pack);
+      buffers.ih = weights(given.w_ih, given.b_ih, Cell::gates, args.H, args.I, Ik, plan.panel_vectors, plan.pack);
+      buffers.hh = weights(given.w_hh, given.b_hh, Cell::gates, args.H, args.out(), Ok, plan.panel_vectors, plan.pack);
       const int64_t rows = seq.B + kRowPad<T> * plan.row_parts;
-      for (T*& h : buffers.h) h = arena_.template take<T>(rows * Hk);
+      for (T*& h : buffers.h) h = arena_.template take<T>(rows * Ok);
+      if (args.P) {
+        buffers.hr = weights(given.w_hr, nullptr, 1, args.P, args.H, Hk, plan.proj_vectors, plan.pack);
+        buffers.whole_h = arena_.template take<T>(rows * Hk);
+      }
       buffers.c = Cell::states > 1 ? arena_.template take<A>(seq.B * Hp) : nullptr;
       buffers.gates_x = args.gates ? nullptr : arena_.template take<A>(chunk * seq.B * Cell::gates * Hp);
     }
@@ -85,20 +82,20 @@ struct ForwardLayout {
   }
   int64_t bytes() const { return arena_.used(); }
 
-  int64_t Hp, Hk, Ik;
-  int unit_vectors, nv;
-  int64_t panels;
+  int64_t Hp, Hk, Op, Ok, Ik;
   GroupBuffers group[kMaxGroups];
   ThreadBuffers thread{};
 
  private:
-  Weights<T> weights(const void* w, const void* b, const ForwardArgs& args, int64_t K, int64_t depth, bool pack) {
-    Panels<T> p{nullptr, nullptr, panels, depth, nv};
+  // Panels of `vectors` units, each with all its gates.
+  Weights<T> weights(const void* w, const void* b, int gates, int64_t H, int64_t K, int64_t depth, int vectors,
+                     bool pack) {
+    Panels<T> p{nullptr, nullptr, ceil_div(H, vectors * kLanes<A>), depth, vectors * gates};
     if (pack) {
-      p.data = arena_.template take<T>(panels * p.stride());
-      p.bias = arena_.template take<A>(panels * p.width());
+      p.data = arena_.template take<T>(p.count * p.stride());
+      p.bias = arena_.template take<A>(p.count * p.width());
     }
-    return {p, static_cast<const T*>(w), static_cast<const T*>(b), Cell::gates, args.H, K, pack};
+    return {p, static_cast<const T*>(w), static_cast<const T*>(b), gates, H, K, pack};
   }
 
   Arena arena_;
@@ -124,17 +121,21 @@ class ForwardScan {
         gates_rows_(layout.thread.gates),
         rows_(layout.thread.rows),
         chunk_(plan.chunk),
-        panels_(split(layout.panels, share.unit_parts, share.unit_part)),
+        unit_vectors_(plan.panel_vectors),
+        panels_(share.panels(buffers_.hh.panels.count)),
+        units_(share.units_of(buffers_.hh.panels.count, unit_vectors_ * lanes, layout.Hp)),
+        out_units_(args.P ? share.units_of(buffers_.hr.panels.count, buffers_.hr.panels.width(), layout.Op) : units_),
+        out_(args.out()),
         gates_values_(args.gates ? Cell::saved : Cell::gates),
         gates_(group_matrix<A>(args.gates, g, seq_.N, Cell::saved * layout.Hp)),
         cells_(group_matrix<A>(args.cells, g, seq_.N, layout.Hp)),
-        h0_(group_matrix<T>(args.h0, g, seq_.B, args.H)),
+        h0_(group_matrix<T>(args.h0, g, seq_.B, out_)),
         c0_(group_matrix<T>(args.c0, g, seq_.B, args.H)),
-        h_n_(group_matrix<T>(args.h_n, g, seq_.B, args.H)),
+        h_n_(group_matrix<T>(args.h_n, g, seq_.B, out_)),
         c_n_(group_matrix<T>(args.c_n, g, seq_.B, args.H)),
-        y_(static_cast<T*>(args.y) + g * args.H),
-        c_(args.c ? static_cast<T*>(args.c) + g * args.H : nullptr),
-        y_ld_(args.G * args.H) {}
+        y_(group_columns<T>(args.y, g, out_)),
+        c_(group_columns<T>(args.c, g, args.H)),
+        whole_h_(group_columns<T>(args.whole_h, g, args.H)) {}
 
   void run() {
     start_states();
@@ -145,6 +146,7 @@ class ForwardScan {
       input_gates(s0, s1);
       for (int64_t s = s0; s < s1; ++s) {
         step(s, s0);
+        if (args_.P) project(s);
         finish_rows(group_.step_to_time(s, seq_.T));
         share_.sync();
       }
@@ -152,38 +154,50 @@ class ForwardScan {
   }
 
  private:
-  struct Units {
-    int64_t begin, end;  // in padded units
-  };
-  Units my_units() const {
-    const int64_t width = layout_.unit_vectors * lanes;
-    const int64_t end = panels_.end == layout_.panels ? layout_.Hp : panels_.end * width;
-    return {panels_.begin * width, end};
-  }
-
   // Both buffers take the initial state: a packed row may wake at any step.
   void start_states() {
-    const Units units = my_units();
     for (int64_t j = 0; j < share_.count(seq_.B); ++j) {
       const int64_t b = share_.row(j);
       for (T* h : buffers_.h) {
-        copy_padded(h + b * layout_.Hk, h0_ ? h0_ + b * args_.H : nullptr, units.begin, units.end);
-        if (share_.unit_part == 0)
-          std::memset(h + b * layout_.Hk + layout_.Hp, 0, (layout_.Hk - layout_.Hp) * sizeof(T));
+        copy_padded(h + b * layout_.Ok, h0_ ? h0_ + b * out_ : nullptr);
+        if (share_.unit_part == 0) clear(h + b * layout_.Ok, layout_.Op, layout_.Ok);
+      }
+      if (args_.P && share_.unit_part == 0) {
+        clear(buffers_.whole_h + b * layout_.Hk, round_up(args_.H, lanes), layout_.Hk);
       }
       if constexpr (Cell::states > 1) {
         const Strided<A> c = strided_row(buffers_.c, seq_.B, b, 1);
-        for (int64_t u = units.begin; u < units.end; u += lanes) {
+        for (int64_t u = units_.begin; u < units_.end; u += lanes) {
           store(c.vector(u), c0_ && u < args_.H ? load_first(c0_ + b * args_.H + u, args_.H - u) : V{});
         }
       }
     }
   }
 
-  void copy_padded(T* out, const T* in, int64_t begin, int64_t end) const {
-    const int64_t real = in ? (end < args_.H ? end : args_.H) : begin;
-    for (int64_t u = begin; u < real; ++u) out[u] = in[u];
-    for (int64_t u = real > begin ? real : begin; u < end; ++u) out[u] = T{};
+  void copy_padded(T* to, const T* from) const {
+    const auto [begin, end] = out_units_;
+    const int64_t real = from ? (end < out_ ? end : out_) : begin;
+    for (int64_t u = begin; u < real; ++u) to[u] = from[u];
+    clear(to, real > begin ? real : begin, end);
+  }
+
+  static void clear(T* row, int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) row[u] = T{};
+  }
+
+  // Calls body(first row, rows, panel) over a sweep of panels for blocks of rows `ld` apart, tile_ holding their
+  // product.
+  template <class Body>
+  void for_each_block(const Weights<T>& w, const Sweep& sweep, const T* a, int64_t ld, int64_t rows, Body body) {
+    const RowBlocks<T> blocks(rows, w.panels.nv);
+    for (int64_t p = sweep.first; p != sweep.end; p += sweep.stride) {
+      for (int64_t i = 0; i < blocks.count(); ++i) {
+        const int64_t j = blocks.begin(i);
+        const int n = blocks.size(i);
+        w.multiply(tile_, blocks.kernel(w.panels.nv, n), n, a + j * ld, ld, p, w.panels.ahead(p, p + sweep.stride, i));
+        body(j, n, p);
+      }
+    }
   }
 
   Strided<A> gates_row(int64_t t, int64_t s0, int64_t b) const {
@@ -204,16 +218,8 @@ class ForwardScan {
         gates_rows_[rows] = gates_row(t, s0, share_.row(j));
       }
     }
-    const RowBlocks<T> blocks(rows, layout_.nv);
-    for (int64_t p = panels_.begin; p < panels_.end; ++p) {
-      for (int64_t i = 0; i < blocks.count(); ++i) {
-        const int64_t begin = blocks.begin(i);
-        const int n = blocks.size(i);
-        buffers_.ih.multiply(tile_, blocks.kernel(layout_.nv, n), n, x_rows_ + begin * layout_.Ik, layout_.Ik, p,
-                             buffers_.ih.panels.ahead(p, p + 1, i));
-        store_input_gates(gates_rows_ + begin, n, p);
-      }
-    }
+    for_each_block(buffers_.ih, Sweep(panels_, 0), x_rows_, layout_.Ik, rows,
+                   [&](int64_t j, int n, int64_t p) { store_input_gates(gates_rows_ + j, n, p); });
   }
 
   void copy_x(int64_t row, const T* x) const {
@@ -223,12 +229,13 @@ class ForwardScan {
   }
 
   void store_input_gates(const Strided<A>* rows, int n, int64_t p) const {
-    for (int j = 0; j < layout_.unit_vectors; ++j) {
-      const int64_t u = (p * layout_.unit_vectors + j) * lanes;
+    for (int j = 0; j < unit_vectors_; ++j) {
+      const int64_t u = (p * unit_vectors_ + j) * lanes;
       if (u >= args_.H) return;
       for (int r = 0; r < n; ++r) {
         A* const gates = rows[r].vector(u);
-        for (int k = 0; k < Cell::gates; ++k) store(gates + k * kUnitPad, tile_.at(r, layout_.nv, j * Cell::gates + k));
+        for (int k = 0; k < Cell::gates; ++k)
+          store(gates + k * kUnitPad, tile_.at(r, buffers_.ih.panels.nv, j * Cell::gates + k));
       }
     }
   }
@@ -237,37 +244,34 @@ class ForwardScan {
     const int64_t t = group_.step_to_time(s, seq_.T);
     const int64_t rows = share_.count(seq_.active(t));
     for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(share_.row(j), s, t, s0);
-    const RowBlocks<T> blocks(rows, layout_.nv);
-    const T* const h = buffers_.h[s & 1];
-    const int64_t ld = share_.row_parts * layout_.Hk;
-    const Sweep sweep(panels_, s);
-    for (int64_t p = sweep.first; p != sweep.end; p += sweep.stride) {
-      for (int64_t i = 0; i < blocks.count(); ++i) {
-        const int64_t j0 = blocks.begin(i);
-        const int n = blocks.size(i);
-        buffers_.hh.multiply(tile_, blocks.kernel(layout_.nv, n), n, h + share_.row(j0) * layout_.Hk, ld, p,
-                             buffers_.hh.panels.ahead(p, p + sweep.stride, i));
-        apply_cell(rows_ + j0, n, p);
-      }
-    }
+    for_each_block(buffers_.hh, Sweep(panels_, s), buffers_.h[s & 1] + share_.row(0) * layout_.Ok,
+                   share_.row_parts * layout_.Ok, rows,
+                   [&](int64_t j, int n, int64_t p) { apply_cell(rows_ + j, n, p); });
   }
 
   typename Layout::Row find_row(int64_t b, int64_t s, int64_t t, int64_t s0) const {
-    const int64_t at = b * layout_.Hk;
+    const int64_t n = seq_.offset(t) + b;
     typename Layout::Row row{};
     row.gates = gates_row(t, s0, b);
-    row.h_before = buffers_.h[s & 1] + at;
-    row.h_after = buffers_.h[(s + 1) & 1] + at;
-    row.y = y_ + (seq_.offset(t) + b) * y_ld_;
+    if (args_.P) {
+      row.h_after = buffers_.whole_h + b * layout_.Hk;
+      row.y = whole_h_ ? whole_h_ + n * args_.G * args_.H : nullptr;
+    } else {
+      row.h_before = buffers_.h[s & 1] + b * layout_.Ok;
+      row.h_after = buffers_.h[(s + 1) & 1] + b * layout_.Ok;
+      row.y = y_row(n);
+    }
     if constexpr (Cell::states > 1) {
       const int64_t before = group_.time_before(t);
       const bool initial = b >= seq_.active_or_none(before);
       row.c_before = initial ? strided_row(buffers_.c, seq_.B, b, 1) : cell_row(before, b);
       row.c_after = cell_row(t, b);
-      row.c = c_ ? c_ + (seq_.offset(t) + b) * y_ld_ : nullptr;
+      row.c = c_ ? c_ + n * args_.G * args_.H : nullptr;
     }
     return row;
   }
+
+  T* y_row(int64_t n) const { return y_ + n * args_.G * out_; }
 
   // Where the cell state after a step lies: with the row of that step, or always in place while nothing is saved.
   Strided<A> cell_row(int64_t t, int64_t b) const {
@@ -276,12 +280,12 @@ class ForwardScan {
   }
 
   void apply_cell(const typename Layout::Row* rows, int n, int64_t p) const {
-    for (int j = 0; j < layout_.unit_vectors; ++j) {
-      const int64_t u = (p * layout_.unit_vectors + j) * lanes;
+    for (int j = 0; j < unit_vectors_; ++j) {
+      const int64_t u = (p * unit_vectors_ + j) * lanes;
       if (u >= args_.H) break;
       for (int r = 0; r < n; ++r) apply_cell(rows[r], r, j * Cell::gates, u);
     }
-    if (!gates_ || p + 1 < layout_.panels) return;
+    if (!gates_ || p + 1 < buffers_.hh.panels.count) return;
     for (int r = 0; r < n; ++r) clear_padding(rows[r]);
   }
 
@@ -298,13 +302,13 @@ class ForwardScan {
     A* const gates = row.gates.vector(u);
     for (int k = 0; k < Cell::gates; ++k) {
       x[k] = load(gates + k * kUnitPad);
-      rec[k] = tile_.at(r, layout_.nv, v + k);
+      rec[k] = tile_.at(r, buffers_.hh.panels.nv, v + k);
     }
-    state[0] = load(row.h_before + u);
+    state[0] = row.h_before ? load(row.h_before + u) : V{};
     if constexpr (Cell::states > 1) state[1] = load(row.c_before.vector(u));
     Cell::forward(x, rec, state, save);
     store(row.h_after + u, state[0]);
-    store_first(row.y + u, state[0], args_.H - u);
+    if (row.y) store_first(row.y + u, state[0], args_.H - u);
     if constexpr (Cell::states > 1) {
       store(row.c_after.vector(u), state[1]);
       if (row.c) store_first(row.c + u, state[1], args_.H - u);
@@ -313,12 +317,38 @@ class ForwardScan {
     for (int k = 0; k < Cell::saved; ++k) store(gates + k * kUnitPad, save[k]);
   }
 
+  // The output, and what the next step multiplies by, is h W_hr^T.
+  void project(int64_t s) {
+    share_.sync();
+    const int64_t t = group_.step_to_time(s, seq_.T);
+    const Panels<T>& panels = buffers_.hr.panels;
+    for_each_block(buffers_.hr, Sweep(share_.panels(panels.count), s), buffers_.whole_h + share_.row(0) * layout_.Hk,
+                   share_.row_parts * layout_.Hk, share_.count(seq_.active(t)), [&](int64_t j, int n, int64_t p) {
+                     for (int r = 0; r < n; ++r) {
+                       const int64_t b = share_.row(j + r);
+                       T* const h = buffers_.h[(s + 1) & 1] + b * layout_.Ok;
+                       store_output(h, y_row(seq_.offset(t) + b), r, p);
+                     }
+                   });
+  }
+
+  void store_output(T* h, T* y, int r, int64_t p) const {
+    const int nv = buffers_.hr.panels.nv;
+    for (int v = 0; v < nv; ++v) {
+      const int64_t u = (p * nv + v) * lanes;
+      if (u >= args_.P) return;
+      const V value = tile_.at(r, nv, v);
+      store(h + u, value);
+      store_first(y + u, value, args_.P - u);
+    }
+  }
+
   // Rows whose sequence ends with step t hand out their final state.
   void finish_rows(int64_t t) const {
     const int64_t going_on = share_.count(seq_.active_or_none(group_.time_after(t)));
     for (int64_t j = going_on; j < share_.count(seq_.active(t)); ++j) {
       const int64_t b = share_.row(j);
-      finish_row(b, y_ + (seq_.offset(t) + b) * y_ld_, cell_row(t, b));
+      finish_row(b, y_row(seq_.offset(t) + b), cell_row(t, b));
     }
   }
 
@@ -326,17 +356,16 @@ class ForwardScan {
   void finish_idle_rows() const {
     for (int64_t j = share_.count(seq_.active(0)); j < share_.count(seq_.B); ++j) {
       const int64_t b = share_.row(j);
-      finish_row(b, buffers_.h[0] + b * layout_.Hk, strided_row(buffers_.c, seq_.B, b, 1));
+      finish_row(b, buffers_.h[0] + b * layout_.Ok, strided_row(buffers_.c, seq_.B, b, 1));
     }
   }
 
   // Each thread its own units.
   void finish_row(int64_t b, const T* h, Strided<A> c) const {
-    const Units units = my_units();
-    const int64_t end = units.end < args_.H ? units.end : args_.H;
-    for (int64_t u = units.begin; u < end; ++u) h_n_[b * args_.H + u] = h[u];
+    for (int64_t u = out_units_.begin; u < out_units_.end && u < out_; ++u) h_n_[b * out_ + u] = h[u];
     if constexpr (Cell::states > 1) {
-      for (int64_t u = units.begin; u < end; u += lanes)
+      const int64_t end = units_.end < args_.H ? units_.end : args_.H;
+      for (int64_t u = units_.begin; u < end; u += lanes)
         store_first(c_n_ + b * args_.H + u, load(c.vector(u)), end - u);
     }
   }
@@ -352,12 +381,12 @@ class ForwardScan {
   Strided<A>* gates_rows_;
   typename Layout::Row* rows_;
   int64_t chunk_;
-  Range panels_;
-  int64_t gates_values_;
+  int unit_vectors_;
+  Range panels_, units_, out_units_;
+  int64_t out_, gates_values_;
   A *gates_, *cells_;
   const T *h0_, *c0_;
-  T *h_n_, *c_n_, *y_, *c_;
-  int64_t y_ld_;
+  T *h_n_, *c_n_, *y_, *c_, *whole_h_;
   Tile<T> tile_;
 };
 
@@ -367,11 +396,14 @@ void forward(const ForwardArgs& args, const Plan& plan, const Team& team, int th
   const TileScope tiles;
   const ForwardLayout<Cell, T> layout(args, plan, args.workspace, thread);
   for (int g = 0; g < args.G; ++g) {
-    const Range mine = split(layout.panels, plan.threads, thread);
+    const auto& buffers = layout.group[g];
+    const Range mine = split(buffers.hh.panels.count, plan.threads, thread);
     for (int64_t p = mine.begin; p < mine.end; ++p) {
-      layout.group[g].ih.pack(p);
-      layout.group[g].hh.pack(p);
+      buffers.ih.pack(p);
+      buffers.hh.pack(p);
     }
+    const Range projected = split(args.P ? buffers.hr.panels.count : 0, plan.threads, thread);
+    for (int64_t p = projected.begin; p < projected.end; ++p) buffers.hr.pack(p);
   }
   team.everyone->wait(plan.threads);
   const Share share = Share::of(plan, team, args.G, thread);

@@ -75,15 +75,20 @@ Step make_step(const KernelTable& table, Dtype dtype, int64_t B, int64_t H, int6
   return {B, panels, depth, nv, static_cast<double>((depth + input_depth) * nv * lanes) * element, rows_to_fetch};
 }
 
+int proj_vectors(const KernelTable& table, Dtype dtype, int threads, const LayerArgs& args) {
+  return panel_vectors(4, ceil_div(args.out(), table.lanes[static_cast<int>(dtype)]), threads, args.seq.B);
+}
+
 }  // namespace
 
 Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, int threads, const ForwardArgs& args) {
   const int64_t vectors = ceil_div(args.H, table.lanes[static_cast<int>(dtype)]);
   const int unit_vectors = panel_vectors(std::max(1, 4 / cell.gates), vectors, threads, args.seq.B);
   const Step step =
-      make_step(table, dtype, args.seq.B, args.H, args.H, args.I, unit_vectors, unit_vectors * cell.gates);
+      make_step(table, dtype, args.seq.B, args.H, args.out(), args.I, unit_vectors, unit_vectors * cell.gates);
   Plan plan = divide(step, args.G, threads);
   plan.panel_vectors = unit_vectors;
+  plan.proj_vectors = proj_vectors(table, dtype, threads, args);
   plan.chunk = std::max<int64_t>(1, kChunkRows * plan.unit_parts / ceil_div(args.seq.B, plan.row_parts));
   plan.pack = args.seq.N >= kPackRows;
   return plan;
@@ -95,6 +100,7 @@ Plan plan_backward(const KernelTable& table, const CellInfo& cell, Dtype dtype, 
   const Step step = make_step(table, dtype, args.seq.B, args.H, cell.gates * args.H, 0, unit_vectors, unit_vectors);
   Plan plan = divide(step, args.G, threads);
   plan.panel_vectors = unit_vectors;
+  plan.proj_vectors = proj_vectors(table, dtype, threads, args);
   plan.chunk = 1;
   plan.pack = args.seq.T > 1 || args.dh0;
   return plan;

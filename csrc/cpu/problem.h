@@ -33,7 +33,8 @@ struct Sequence {
 inline constexpr int kMaxGroups = 8;
 
 struct Group {
-  const void *w_ih, *w_hh, *b_ih, *b_hh;  // [gates H, I], [gates H, H], [gates H] or null
+  const void *w_ih, *w_hh, *b_ih, *b_hh;  // [gates H, I], [gates H, out], [gates H] or null
+  const void* w_hr;                       // [P, H] or null
   bool reverse;
 
   int64_t step_to_time(int64_t s, int64_t T) const { return reverse ? T - 1 - s : s; }
@@ -41,12 +42,33 @@ struct Group {
   int64_t time_after(int64_t t) const { return reverse ? t - 1 : t + 1; }
 };
 
+// The matrix [rows, columns] of group g.
+template <class T>
+const T* group_matrix(const void* base, int g, int64_t rows, int64_t columns) {
+  return base ? static_cast<const T*>(base) + g * rows * columns : nullptr;
+}
+template <class T>
+T* group_matrix(void* base, int g, int64_t rows, int64_t columns) {
+  return base ? static_cast<T*>(base) + g * rows * columns : nullptr;
+}
+
+// Columns of group g in rows that hold the groups side by side.
+template <class T>
+T* group_columns(void* base, int g, int64_t columns) {
+  return base ? static_cast<T*>(base) + g * columns : nullptr;
+}
+template <class T>
+const T* group_columns(const void* base, int g, int64_t columns) {
+  return base ? static_cast<const T*>(base) + g * columns : nullptr;
+}
+
 // How a team of threads divides the work: groups side by side, batch rows (no barrier), hidden units (a barrier a
 // step).
 struct Plan {
   int threads;
   int group_parts, row_parts, unit_parts;  // their product is at most `threads`
   int panel_vectors;                       // vectors of hidden units in one weight panel
+  int proj_vectors;                        // vectors of projected units in one weight panel
   int64_t chunk;                           // timesteps whose input GEMM is done at once
   bool pack;                               // false: too few rows to pay for packing the weights
 };
@@ -55,13 +77,17 @@ struct Plan {
 struct LayerArgs {
   Sequence seq;
   int64_t I, H;
+  int64_t P;  // size of the projection, 0 without one
   int G;
   const Group* groups;
   const void* x;
   int64_t x_stride_t, x_stride_b;
   int64_t x_stride_g;   // from one group's input to the next, 0: all groups read the same one
-  const void *h0, *c0;  // [G, B, H] or null (zeros)
+  const void *h0, *c0;  // [G, B, out] and [G, B, H] or null (zeros)
   void* workspace;
+
+  // Width of one group's output.
+  int64_t out() const { return P ? P : H; }
 
   template <class T>
   const T* x_row(int g, int64_t t, int64_t b) const {
@@ -71,31 +97,33 @@ struct LayerArgs {
 };
 
 struct ForwardArgs : LayerArgs {
-  void* y;          // [N, G H]
-  void *h_n, *c_n;  // [G, B, H]
+  void* y;          // [N, G out]
+  void *h_n, *c_n;  // [G, B, out], [G, B, H]
   void* c;          // [N, G H] the second state after every step, or null: not wanted
   void* gates;      // [G, N, saved Hp] accumulate type (see forward.h's Strided), or null: nothing is saved
   void* cells;      // [G, N, Hp] accumulate type, likewise, for cells with a second state
+  void* whole_h;    // [N, G H] likewise, for layers with a projection: what is projected
 };
 
 struct GroupGradients {
-  void *dw_ih, *dw_hh, *db_ih, *db_hh;  // as the weights, or null: not wanted
+  void *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;  // as the weights, or null: not wanted
 };
 
 struct BackwardArgs : LayerArgs {
-  const void* y;                    // [N, G H]
-  const void *gates, *cells;        // as saved by forward
-  const void *dy, *dc;              // [N, G H] or null (zeros)
-  const void *dh_n, *dc_n;          // [G, B, H] or null (zeros)
-  void* dx;                         // [N, I], of groups with their own inputs [N, G I], or null: not wanted
-  void *dh0, *dc0;                  // [G, B, H] or null
-  const GroupGradients* gradients;  // [G]
-  void *dgates_x, *dgates_h;        // [G, N, gates H] or null
+  const void* y;                            // [N, G out]
+  const void *gates, *cells, *whole_h;      // as saved by forward
+  const void *dy, *dc;                      // [N, G out], [N, G H] or null (zeros)
+  const void *dh_n, *dc_n;                  // [G, B, out], [G, B, H] or null (zeros)
+  void* dx;                                 // [N, I], of groups with their own inputs [N, G I], or null: not wanted
+  void *dh0, *dc0;                          // [G, B, out], [G, B, H] or null
+  const GroupGradients* gradients;          // [G]
+  void *dgates_x, *dgates_h, *dprojection;  // [G, N, gates H], twice, and [G, N, P], or null
 
   // Inputs, each with a gradient of its own.
   int inputs() const { return x_stride_g ? G : 1; }
   bool wants_dw_ih() const { return wants(&GroupGradients::dw_ih); }
   bool wants_dw_hh() const { return wants(&GroupGradients::dw_hh); }
+  bool wants_dw_hr() const { return wants(&GroupGradients::dw_hr); }
 
  private:
   bool wants(void* GroupGradients::* gradient) const {

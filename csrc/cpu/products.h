@@ -1,5 +1,6 @@
 // The gradients that are matrix products over all timesteps, from dgates [N, gates Hp]:
-//   dx = dgates_x W_ih,  dW_ih = dgates_x^T x,  dW_hh = dgates_h^T h_before,  db = column sums.
+//   dx = dgates_x W_ih,  dW_ih = dgates_x^T x,  dW_hh = dgates_h^T h_before,  db = column sums,
+// and, with a projection, dW_hr = dprojection^T (what is projected).
 // Threads take tasks from a counter, so that one that lost its core delays the others by no more than a task; what a
 // task computes does not depend on who takes it.
 #pragma once
@@ -130,14 +131,16 @@ struct ProductsLayout {
   struct GroupBuffers {
     Panels<T> w_ih;          // by columns, for dx
     T *dgates_x, *dgates_h;  // [N, depth], the same where the cell's two kinds are
-    RowPanels<T> h;
-    const T** h_rows;  // [N]
+    T* dprojection;          // [N, proj_depth]
+    RowPanels<T> h, whole_h;
+    const T **h_rows, **whole_h_rows;  // [N]
   };
 
   ProductsLayout(Arena& arena, const BackwardArgs& args, const Plan& plan, int gates, bool shared, int thread_index)
-      : depth(round_up(gates * round_up(args.H, kUnitPad), kDepthPad<T>)), x(RowPanels<T>::make(args.I, args.seq.N)) {
-    const int64_t N = args.seq.N;
-    const int64_t dgates_size = (N + kRowPad<T>)*depth;
+      : depth(round_up(gates * round_up(args.H, kUnitPad), kDepthPad<T>)),
+        proj_depth(round_up(round_up(args.P, kUnitPad), kDepthPad<T>)),
+        x(RowPanels<T>::make(args.I, args.seq.N)) {
+    const int64_t N = args.seq.N, rows = N + kRowPad<T> * plan.row_parts;
     thin = N < kThinRows;
     for (int i = 0; i < args.inputs(); ++i) {
       input[i].panels = x;
@@ -146,9 +149,11 @@ struct ProductsLayout {
     }
     for (int g = 0; g < args.G; ++g) {
       GroupBuffers& buffers = group[g];
-      buffers.dgates_x = arena.take<T>(dgates_size);
-      buffers.dgates_h = shared ? buffers.dgates_x : arena.take<T>(dgates_size);
-      buffers.h = RowPanels<T>::make(args.H, N);
+      buffers.dgates_x = arena.take<T>(rows * depth);
+      buffers.dgates_h = shared ? buffers.dgates_x : arena.take<T>(rows * depth);
+      buffers.dprojection = arena.take<T>(args.P ? rows * proj_depth : 0);
+      buffers.h = RowPanels<T>::make(args.out(), N);
+      buffers.whole_h = RowPanels<T>::make(args.H, N);
       buffers.w_ih = {nullptr, nullptr, x.panels, depth, x.nv};
       if (args.dx && !thin) {
         buffers.w_ih.data = arena.take<T>(x.panels * buffers.w_ih.stride());
@@ -156,9 +161,13 @@ struct ProductsLayout {
       }
       buffers.h.data = args.wants_dw_hh() && !thin ? arena.take<T>(buffers.h.size()) : nullptr;
       buffers.h_rows = args.wants_dw_hh() ? arena.take<const T*>(N) : nullptr;
+      buffers.whole_h.data = args.wants_dw_hr() && !thin ? arena.take<T>(buffers.whole_h.size()) : nullptr;
+      buffers.whole_h_rows = args.wants_dw_hr() ? arena.take<const T*>(N) : nullptr;
     }
     // At least one panel, for the scan uses it too.
-    const int64_t columns = x.panels * x.width() + group[0].h.panels * group[0].h.width() + kMaxVectors * kLanes<A>;
+    const GroupBuffers& first = group[0];
+    const int64_t columns = x.panels * x.width() + first.h.panels * first.h.width() +
+                            first.whole_h.panels * first.whole_h.width() + kMaxVectors * kLanes<A>;
     for (int i = 0; i < plan.threads; ++i) {
       T* const a = arena.take<T>(kTaskRows * kSpan);
       A* const s = arena.take<A>(kTaskRows);
@@ -167,7 +176,7 @@ struct ProductsLayout {
     }
   }
 
-  int64_t depth;
+  int64_t depth, proj_depth;
   bool thin;
   RowPanels<T> x;  // what all inputs have in common
   Input input[kMaxGroups];
@@ -204,6 +213,7 @@ class Products {
     }
     for (int g = 0; g < args_.G; ++g) {
       if (layout_.group[g].h_rows) find_h_rows(g);
+      if (layout_.group[g].whole_h_rows) find_whole_h_rows(g);
     }
   }
 
@@ -217,6 +227,7 @@ class Products {
         for (int64_t p = mine.begin; p < mine.end; ++p) pack_columns(l.group[g].w_ih, p, w, gates_, args_.H, args_.I);
       }
       if (l.group[g].h_rows) pack_rows_of(l.group[g].h, l.group[g].h_rows, thread, threads);
+      if (l.group[g].whole_h_rows) pack_rows_of(l.group[g].whole_h, l.group[g].whole_h_rows, thread, threads);
     }
     for (int i = 0; i < args_.inputs(); ++i) {
       if (l.input[i].rows) pack_rows_of(l.input[i].panels, l.input[i].rows, thread, threads);
@@ -224,48 +235,88 @@ class Products {
   }
 
   void run(int thread) {
-    if (args_.dgates_x || args_.dgates_h) copy_dgates(split(seq_.N, threads_, thread));
+    copy_gradients(split(seq_.N, threads_, thread));
     layout_.thin ? run_thin() : run_tasks();
   }
 
  private:
-  const typename Layout::Input& input_of(int g) const { return layout_.input[args_.inputs() > 1 ? g : 0]; }
+  // What stands to the left in a weight's gradient: dgates, or the gradient of the projected states.
+  struct Left {
+    const T* data;  // [N, ld]
+    int64_t ld, gates;
+    int64_t units, padded;  // of one gate
+  };
+  struct Target {
+    void *dw, *db;
+    const RowPanels<T>* right;
+    const T* const* rows;
+    bool wanted() const { return dw || db; }
+  };
+
+  Left left_of(int g, bool recurrent) const {
+    const typename Layout::GroupBuffers& buffers = layout_.group[g];
+    return {recurrent ? buffers.dgates_h : buffers.dgates_x, layout_.depth, gates_, args_.H, Hp_};
+  }
+  Left projection_of(int g) const {
+    return {layout_.group[g].dprojection, layout_.proj_depth, 1, args_.P, round_up(args_.P, kUnitPad)};
+  }
+  Target ih(int g) const {
+    const typename Layout::Input& input = layout_.input[args_.inputs() > 1 ? g : 0];
+    return {args_.gradients[g].dw_ih, args_.gradients[g].db_ih, &input.panels, input.rows};
+  }
+  Target hh(int g) const {
+    const typename Layout::GroupBuffers& buffers = layout_.group[g];
+    return {args_.gradients[g].dw_hh, args_.gradients[g].db_hh, &buffers.h, buffers.h_rows};
+  }
+  Target hr(int g) const {
+    const typename Layout::GroupBuffers& buffers = layout_.group[g];
+    return {args_.gradients[g].dw_hr, nullptr, &buffers.whole_h, buffers.whole_h_rows};
+  }
 
   // The long tasks first, so that the short ones even out the end.
   void run_tasks() {
-    const int64_t M = gates_ * Hp_, kinds = shared_ ? 1 : 2;
+    const int64_t M = gates_ * Hp_, P = args_.P, kinds = shared_ ? 1 : 2;
     const int64_t rows = M >= kTaskRows * 4 * threads_ ? kTaskRows : kSmallTaskRows, blocks = ceil_div(M, rows);
-    const int64_t weight_tasks = args_.G * kinds * blocks;
-    const int64_t row_blocks = ceil_div(seq_.N, kTaskRows);
+    const int64_t row_blocks = ceil_div(seq_.N, kTaskRows), proj_blocks = ceil_div(P, kSmallTaskRows);
+    const int64_t gate_tasks = args_.G * kinds * blocks, weight_tasks = gate_tasks + args_.G * proj_blocks;
     const int64_t tasks = weight_tasks + (args_.dx ? args_.inputs() * row_blocks : 0);
     for (int64_t i = team_.next_task(); i < tasks; i = team_.next_task()) {
-      if (i < weight_tasks) {
-        const int64_t m0 = i % blocks * rows;
-        weight_gradient(static_cast<int>(i / blocks / kinds), i / blocks % kinds == 1, m0,
-                        M - m0 < rows ? M - m0 : rows);
+      if (i < gate_tasks) {
+        gate_gradients(static_cast<int>(i / blocks / kinds), i / blocks % kinds == 1, i % blocks * rows, rows);
+      } else if (i < weight_tasks) {
+        const int64_t j = i - gate_tasks;
+        const int g = static_cast<int>(j / proj_blocks);
+        weight_gradients(projection_of(g), j % proj_blocks * kSmallTaskRows, kSmallTaskRows, hr(g), Target{});
       } else {
-        const int64_t n0 = (i - weight_tasks) % row_blocks * kTaskRows;
-        input_gradient(static_cast<int>((i - weight_tasks) / row_blocks), n0,
-                       seq_.N - n0 < kTaskRows ? seq_.N - n0 : kTaskRows);
+        const int64_t j = i - weight_tasks, n0 = j % row_blocks * kTaskRows;
+        input_gradient(static_cast<int>(j / row_blocks), n0, seq_.N - n0 < kTaskRows ? seq_.N - n0 : kTaskRows);
       }
     }
   }
 
-  // Without the padding of units.
-  void copy_dgates(Range rows) const {
+  // Rows from m0 on of dW_ih and db_ih, of dW_hh and db_hh, or of both where one dgates serves both.
+  void gate_gradients(int g, bool recurrent, int64_t m0, int64_t rows) {
+    const Left left = left_of(g, recurrent);
+    weight_gradients(left, m0, rows, recurrent ? hh(g) : ih(g), shared_ ? hh(g) : Target{});
+  }
+
+  // For whoever wants them: without the padding of units.
+  void copy_gradients(Range rows) const {
     for (int g = 0; g < args_.G; ++g) {
-      const typename Layout::GroupBuffers& buffers = layout_.group[g];
-      for (int64_t n = rows.begin; n < rows.end; ++n) {
-        copy_gates(args_.dgates_x, buffers.dgates_x + n * layout_.depth, g * seq_.N + n);
-        copy_gates(args_.dgates_h, buffers.dgates_h + n * layout_.depth, g * seq_.N + n);
-      }
+      copy_rows(args_.dgates_x, left_of(g, false), g, rows);
+      copy_rows(args_.dgates_h, left_of(g, true), g, rows);
+      copy_rows(args_.dprojection, projection_of(g), g, rows);
     }
   }
 
-  void copy_gates(void* out, const T* dgates, int64_t row) const {
+  void copy_rows(void* out, const Left& left, int g, Range rows) const {
     if (!out) return;
-    T* const to = static_cast<T*>(out) + row * gates_ * args_.H;
-    for (int k = 0; k < gates_; ++k) std::memcpy(to + k * args_.H, dgates + k * Hp_, args_.H * sizeof(T));
+    T* to = static_cast<T*>(out) + (g * seq_.N + rows.begin) * left.gates * left.units;
+    for (int64_t n = rows.begin; n < rows.end; ++n) {
+      for (int64_t k = 0; k < left.gates; ++k, to += left.units) {
+        std::memcpy(to, left.data + n * left.ld + k * left.padded, left.units * sizeof(T));
+      }
+    }
   }
 
   void find_x_rows(int i) {
@@ -276,16 +327,22 @@ class Products {
     }
   }
 
+  void find_whole_h_rows(int g) {
+    const T* const h = group_columns<T>(args_.whole_h, g, args_.H);
+    for (int64_t n = 0; n < seq_.N; ++n) layout_.group[g].whole_h_rows[n] = h + n * args_.G * args_.H;
+  }
+
   // The state before each row's step: an earlier row of y, the initial state, or nothing, which stands for zeros.
   void find_h_rows(int g) {
-    const T* const y = static_cast<const T*>(args_.y) + g * args_.H;
-    const T* const h0 = args_.h0 ? static_cast<const T*>(args_.h0) + g * seq_.B * args_.H : nullptr;
+    const int64_t out = args_.out();
+    const T* const y = group_columns<T>(args_.y, g, out);
+    const T* const h0 = group_matrix<T>(args_.h0, g, seq_.B, out);
     for (int64_t t = 0; t < seq_.T; ++t) {
       const int64_t before = args_.groups[g].time_before(t), rows_before = seq_.active_or_none(before);
       for (int64_t b = 0; b < seq_.active(t); ++b) {
-        const T* const initial = h0 ? h0 + b * args_.H : nullptr;
+        const T* const initial = h0 ? h0 + b * out : nullptr;
         layout_.group[g].h_rows[seq_.offset(t) + b] =
-            b < rows_before ? y + (seq_.offset(before) + b) * args_.G * args_.H : initial;
+            b < rows_before ? y + (seq_.offset(before) + b) * args_.G * out : initial;
       }
     }
   }
@@ -317,16 +374,21 @@ class Products {
 
   void run_thin() {
     const int64_t parts = ceil_div(args_.I, kThinColumns), columns = args_.dx ? args_.inputs() * parts : 0;
-    const int64_t blocks = ceil_div(args_.H, kTaskRows), tasks = columns + args_.G * gates_ * blocks;
+    const int64_t blocks = ceil_div(args_.H, kTaskRows), proj_blocks = ceil_div(args_.P, kTaskRows);
+    const int64_t gate_tasks = columns + args_.G * gates_ * blocks, tasks = gate_tasks + args_.G * proj_blocks;
     for (int64_t i = team_.next_task(); i < tasks; i = team_.next_task()) {
       if (i < columns) {
         thin_input_gradient(static_cast<int>(i / parts), i % parts * kThinColumns);
-        continue;
+      } else if (i < gate_tasks) {
+        const int64_t j = i - columns, gate = j / blocks % gates_, unit = j % blocks * kTaskRows;
+        const int g = static_cast<int>(j / blocks / gates_);
+        thin_weight_gradients(left_of(g, false), gate, unit, ih(g));
+        thin_weight_gradients(left_of(g, true), gate, unit, hh(g));
+      } else {
+        const int64_t j = i - gate_tasks;
+        const int g = static_cast<int>(j / proj_blocks);
+        thin_weight_gradients(projection_of(g), 0, j % proj_blocks * kTaskRows, hr(g));
       }
-      const int64_t j = i - columns, unit = j % blocks * kTaskRows, gate = j / blocks % gates_;
-      const int64_t rows = args_.H - unit < kTaskRows ? args_.H - unit : kTaskRows;
-      const int g = static_cast<int>(j / blocks / gates_);
-      for (int64_t r = 0; r < rows; ++r) thin_weight_gradient(g, gate, unit + r);
     }
   }
 
@@ -356,25 +418,26 @@ class Products {
     }
   }
 
-  void thin_weight_gradient(int g, int64_t gate, int64_t unit) const {
-    const GroupGradients& out = args_.gradients[g];
-    const typename Layout::GroupBuffers& buffers = layout_.group[g];
-    const int64_t row = gate * args_.H + unit, column = gate * Hp_ + unit;
-    thin_row(out.dw_ih, out.db_ih, row, buffers.dgates_x + column, input_of(g).rows, args_.I);
-    thin_row(out.dw_hh, out.db_hh, row, buffers.dgates_h + column, buffers.h_rows, args_.H);
+  // Up to kTaskRows rows of dW and db.
+  void thin_weight_gradients(const Left& left, int64_t gate, int64_t unit, const Target& out) const {
+    if (!out.wanted()) return;
+    const int64_t end = left.units - unit < kTaskRows ? left.units : unit + kTaskRows;
+    for (; unit < end; ++unit) thin_row(left, gate, unit, out);
   }
 
-  // Row `row` of dW and db: the sum over n of one element of dgates times a row of the right-hand side.
-  void thin_row(void* dw, void* db, int64_t row, const T* dgates, const T* const* right, int64_t columns) const {
+  // One row: the sum over n of one element on the left times a row on the right.
+  void thin_row(const Left& left, int64_t gate, int64_t unit, const Target& out) const {
+    const int64_t row = gate * left.units + unit, columns = out.right->columns;
+    const T* const element = left.data + gate * left.padded + unit;
     A d[kThinRows] = {}, sum = 0;
-    for (int64_t n = 0; n < seq_.N; ++n) sum += d[n] = widen_one(dgates[n * layout_.depth]);
-    if (db) store_first(static_cast<T*>(db) + row, broadcast(sum), 1);
-    if (!dw) return;
-    T* const to = static_cast<T*>(dw) + row * columns;
+    for (int64_t n = 0; n < seq_.N; ++n) sum += d[n] = widen_one(element[n * left.ld]);
+    if (out.db) store_first(static_cast<T*>(out.db) + row, broadcast(sum), 1);
+    if (!out.dw) return;
+    T* const to = static_cast<T*>(out.dw) + row * columns;
     for (int64_t column = 0; column < columns; column += lanes) {
       V c = {};
       for (int64_t n = 0; n < seq_.N; ++n) {
-        if (right[n]) c += d[n] * load_first(right[n] + column, columns - column);
+        if (out.rows[n]) c += d[n] * load_first(out.rows[n] + column, columns - column);
       }
       store_first(to + column, c, columns - column);
     }
@@ -388,25 +451,21 @@ class Products {
     }
   }
 
-  // Rows [m0, m0 + rows) of dW_ih and db_ih, of dW_hh and db_hh, or of both where one dgates serves both.
-  void weight_gradient(int g, bool recurrent, int64_t m0, int64_t rows) {
-    const GroupGradients& out = args_.gradients[g];
-    const typename Layout::GroupBuffers& buffers = layout_.group[g];
-    const bool ih = !recurrent, hh = recurrent || shared_;
-    const bool any = (ih && (out.dw_ih || out.db_ih)) || (hh && (out.dw_hh || out.db_hh));
-    if (!any) return;
-    const T* const dgates = (recurrent ? buffers.dgates_h : buffers.dgates_x) + m0;
-    A* const h_stage = layout_.stage + layout_.x.panels * kTaskRows * layout_.x.width();
+  // Up to `most` rows from m0 on of one weight's gradient, or of two that have their left side in common.
+  void weight_gradients(const Left& left, int64_t m0, int64_t most, const Target& a, const Target& b) {
+    if (!a.wanted() && !b.wanted()) return;
+    const int64_t M = left.gates * left.padded, rows = M - m0 < most ? M - m0 : most;
+    A* const a_stage = layout_.stage;
+    A* const b_stage = a_stage + a.right->panels * kTaskRows * a.right->width();
     std::memset(layout_.sums, 0, kTaskRows * sizeof(A));
     for (int64_t span = 0; span < layout_.x.spans(); ++span) {
-      const int64_t ld = layout_.x.rows(span);
-      pack_transposed(layout_.lhs, ld, layout_.sums, dgates + span * kSpan * layout_.depth, layout_.depth,
+      pack_transposed(layout_.lhs, layout_.x.rows(span), layout_.sums, left.data + m0 + span * kSpan * left.ld, left.ld,
                       layout_.x.real_rows(span), rows);
-      if (ih && out.dw_ih) add_span(input_of(g).panels, span, rows, layout_.stage);
-      if (hh && out.dw_hh) add_span(buffers.h, span, rows, h_stage);
+      if (a.dw) add_span(*a.right, span, rows, a_stage);
+      if (b.dw) add_span(*b.right, span, rows, b_stage);
     }
-    if (ih) store_gradient(out.dw_ih, out.db_ih, layout_.x, layout_.stage, m0, rows);
-    if (hh) store_gradient(out.dw_hh, out.db_hh, buffers.h, h_stage, m0, rows);
+    store_gradient(left, m0, rows, a, a_stage);
+    store_gradient(left, m0, rows, b, b_stage);
   }
 
   void add_span(const RowPanels<T>& right, int64_t span, int64_t rows, A* stage) const {
@@ -419,16 +478,18 @@ class Products {
     }
   }
 
-  void store_gradient(void* dw, void* db, const RowPanels<T>& right, const A* stage, int64_t m0, int64_t rows) const {
+  void store_gradient(const Left& left, int64_t m0, int64_t rows, const Target& out, const A* stage) const {
+    if (!out.wanted()) return;
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t gate = (m0 + r) / Hp_, unit = (m0 + r) % Hp_;
-      if (unit >= args_.H) continue;
-      const int64_t row = gate * args_.H + unit;
-      if (db) store_first(static_cast<T*>(db) + row, broadcast(layout_.sums[r]), 1);
-      if (!dw) continue;
+      const int64_t gate = (m0 + r) / left.padded, unit = (m0 + r) % left.padded;
+      if (unit >= left.units) continue;
+      const int64_t row = gate * left.units + unit;
+      if (out.db) store_first(static_cast<T*>(out.db) + row, broadcast(layout_.sums[r]), 1);
+      if (!out.dw) continue;
+      const RowPanels<T>& right = *out.right;
       for (int64_t p = 0; p < right.panels; ++p) {
         const A* const c = stage + (p * kTaskRows + r) * right.width();
-        store_panel(static_cast<T*>(dw) + row * right.columns, right.columns, c, p, right.nv);
+        store_panel(static_cast<T*>(out.dw) + row * right.columns, right.columns, c, p, right.nv);
       }
     }
   }

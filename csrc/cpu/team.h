@@ -90,6 +90,12 @@ struct Share {
   // How many of the first n rows are mine; the j-th of them is row(j).
   int64_t count(int64_t n) const { return n <= row_part ? 0 : ceil_div(n - row_part, row_parts); }
   int64_t row(int64_t j) const { return row_part + j * row_parts; }
+  // My part of `count` panels, and the units in it: the last part has all the padding.
+  Range panels(int64_t count) const { return split(count, unit_parts, unit_part); }
+  Range units_of(int64_t count, int64_t panel_width, int64_t padded) const {
+    const Range mine = panels(count);
+    return {mine.begin * panel_width, mine.end == count ? padded : mine.end * panel_width};
+  }
   void sync() const { units->wait(unit_parts); }
 };
 

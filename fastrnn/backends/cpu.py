@@ -88,8 +88,8 @@ class _Cpu:
             return f"no kernel for {problem.dtype}; there is one for float32, float64 and bfloat16"
         if problem.cell.name not in _CELLS:
             return f"no kernel for the cell {problem.cell.name}"
-        if problem.P:
-            return "proj_size is not supported by the kernels"
+        if problem.P and problem.cell.states == 1:
+            return f"the kernels have no projection for the cell {problem.cell.name}"
         if problem.G > _C.max_groups:
             return f"the kernels take at most {_C.max_groups} groups, not {problem.G}"
         if problem.B == 0:
@@ -97,12 +97,16 @@ class _Cpu:
         return None
 
     def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
-        """Shapes of what forward saves: post-activation gates, and cell states where there are."""
+        """Shapes of what forward saves: post-activation gates, cell states where there are, and
+        what a projection projects."""
         dtype = _accumulate_dtype(problem.dtype)
         units = _padded(problem.H)
-        gates = ((problem.G, N, problem.cell.saved * units), dtype)
-        cells = ((problem.G, N, units), dtype)
-        return [gates, cells] if problem.cell.states > 1 else [gates]
+        shapes: list[SavedShape] = [((problem.G, N, problem.cell.saved * units), dtype)]
+        if problem.cell.states > 1:
+            shapes.append(((problem.G, N, units), dtype))
+        if problem.P:
+            shapes.append(((N, problem.G * problem.H), problem.dtype))
+        return shapes
 
     def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
         saved = []
@@ -158,7 +162,7 @@ class _Cpu:
 
     def prepare(self, problem: Problem, inputs: Inputs, outputs: Outputs) -> Callable[[], None]:
         layer, alive = _layer(problem, inputs)
-        results = _results(outputs)
+        results = _results(problem, outputs)
 
         def run(_tensors: object = (alive, outputs)) -> None:  # which it keeps alive
             _workspace.run(layer.forward, *results)
@@ -172,6 +176,13 @@ def _needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tenso
 
 def _readable(x: Tensor) -> Tensor:
     return x.contiguous() if x.stride(-1) != 1 and x.shape[-1] > 1 else x
+
+
+def _saved(problem: Problem, saved: Sequence[Tensor]) -> tuple[int, int, int]:
+    """Addresses of gates, cells and what is projected."""
+    gates, *others = map(_address, saved) if saved else (0,)
+    cells = others.pop(0) if problem.cell.states > 1 and others else 0
+    return gates, cells, others[0] if others else 0
 
 
 def _layer(problem: Problem, inputs: Inputs) -> tuple[_C.Layer, list[Tensor | None]]:
@@ -188,6 +199,7 @@ def _layer(problem: Problem, inputs: Inputs) -> tuple[_C.Layer, list[Tensor | No
         problem.T * problem.B if batch_sizes is None else x.shape[0],
         problem.I,
         problem.H,
+        problem.P,
         problem.reverse,
         [_address(w) for w in weights],
         _address(batch_sizes),
@@ -205,21 +217,20 @@ def _forward(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
     """A dense batch, or a packed one."""
     G, B, H, x = problem.G, problem.B, problem.H, inputs.x
     has_c = problem.cell.states > 1
-    y = x.new_empty((*x.shape[:-1], G * H))
-    h_n = x.new_empty((G, B, H))
+    y = x.new_empty((*x.shape[:-1], G * problem.out))
+    h_n = x.new_empty((G, B, problem.out))
     c_n = x.new_empty((G, B, H)) if has_c else None
-    c = x.new_empty(y.shape) if problem.all_states and has_c else None
+    c = x.new_empty((*x.shape[:-1], G * H)) if problem.all_states and has_c else None
     outputs = Outputs(y, h_n, c_n, c, saved)
     layer, _alive = _layer(problem, inputs)
-    _workspace.run(layer.forward, *_results(outputs))
+    _workspace.run(layer.forward, *_results(problem, outputs))
     return outputs
 
 
-def _results(outputs: Outputs) -> tuple[int, ...]:
+def _results(problem: Problem, outputs: Outputs) -> tuple[int, ...]:
     """Where Layer.forward is to write."""
     y, h_n, c_n, c, saved = outputs
-    gates, cells, *_ = (*map(_address, saved), 0, 0)
-    return y.data_ptr(), h_n.data_ptr(), _address(c_n), _address(c), gates, cells
+    return y.data_ptr(), h_n.data_ptr(), _address(c_n), _address(c), *_saved(problem, saved)
 
 
 def _backward(
@@ -237,19 +248,21 @@ def _backward(
     together = apart.number == 1
     dy, dh_n, dc_n, dc = (_contiguous(g) for g in grads)
     dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
-    dh0 = x.new_empty((G, B, H)) if needs[1] else None
+    dh0 = x.new_empty((G, B, problem.out)) if needs[1] else None
     dc0 = x.new_empty((G, B, H)) if needs[2] else None
     dweights = [
         torch.empty(w.shape, dtype=w.dtype) if needed and together and w is not None else None
         for w, needed in zip(inputs.weights, needs[5:], strict=True)
     ]
-    dgates = None if together else x.new_empty((2, G, y.shape[:-1].numel(), problem.cell.gates * H))
+    apart_from: list[Tensor] = []  # of dgates_x, dgates_h and dprojection
+    if not together:
+        widths = [problem.cell.gates * H] * 2 + [problem.P] * (problem.P > 0)
+        apart_from = [x.new_empty((G, y.shape[:-1].numel(), width)) for width in widths]
     layer, _alive = _layer(problem, inputs)
     _workspace.run(
         layer.backward,
         y.data_ptr(),
-        saved[0].data_ptr(),
-        saved[1].data_ptr() if len(saved) > 1 else 0,
+        *_saved(problem, saved),
         _address(dy),
         _address(dh_n),
         _address(dc_n),
@@ -258,10 +271,11 @@ def _backward(
         _address(dh0),
         _address(dc0),
         [_address(d) for d in dweights],
-        *((0, 0) if dgates is None else (d.data_ptr() for d in dgates)),
+        *(apart_from[k].data_ptr() if k < len(apart_from) else 0 for k in range(3)),
     )
-    if dgates is not None:
-        dweights = apart.weight_gradients(problem, inputs, y, tuple(dgates), needs[5:])
+    if not together:
+        whole_h = saved[-1] if problem.P else None
+        dweights = apart.weight_gradients(problem, inputs, y, whole_h, apart_from, needs[5:])
     return [dx, dh0, dc0, None, None, *dweights]
 
 

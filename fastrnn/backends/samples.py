@@ -24,27 +24,28 @@ class Samples(NamedTuple):
         problem: Problem,
         inputs: Inputs,
         y: Tensor,
-        dgates: Sequence[Tensor],
+        whole_h: Tensor | None,
+        grads: Sequence[Tensor],
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        """From what a kernel was given and gave: `dgates` [G, N, gates*H] of the input's gates and
-        of the recurrent ones, `needs` of the weights. [number, *weight.shape] each."""
+        """The needed gradients [number, *weight.shape], from what a kernel was given and gave.
+
+        `grads` are those of the input's gates and of the recurrent ones, [G, N, gates*H] each, and
+        with a projection those of the states [G, N, P], then of `whole_h` [N, G*H]."""
         I, x = problem.I, inputs.x.reshape(-1, inputs.x.shape[-1])
         steps = _Steps.of(problem, inputs)
         rows = steps.step * problem.B + steps.row if self.rows is None else self.rows
         found: list[Tensor | None] = []
         for g in range(problem.G):
-            dgates_x, dgates_h = (d[g] for d in dgates)
+            dgates_x, dgates_h, *dprojection = (d[g] for d in grads)
             x_g = x[:, g * I : (g + 1) * I] if problem.grouped else x
             h_before = steps.h_before(problem, inputs, y, g)
             factors = [(dgates_x, x_g), (dgates_h, h_before), (dgates_x, None), (dgates_h, None)]
-            which = slice(4 * g, 4 * g + 4)
-            found += [
-                self._product(*pair, rows) if needed and w is not None else None
-                for pair, needed, w in zip(
-                    factors, needs[which], inputs.weights[which], strict=True
-                )
-            ]
+            if whole_h is not None:
+                factors.append((dprojection[0], whole_h[:, g * problem.H : (g + 1) * problem.H]))
+            mine = slice(g * problem.per_group, (g + 1) * problem.per_group)
+            for pair, needed, w in zip(factors, needs[mine], inputs.weights[mine], strict=True):
+                found.append(self._product(*pair, rows) if needed and w is not None else None)
         return found
 
     def _product(self, left: Tensor, right: Tensor | None, rows: Tensor) -> Tensor:
