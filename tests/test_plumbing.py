@@ -1,17 +1,15 @@
-"""The layers as torch.nn.Modules: state, copies, devices, and the ways weights are replaced."""
+"""The layers as torch.nn.Modules: state, copies and devices."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from helpers import LAYERS, STEPS
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
 
 import fastrnn
 
@@ -116,112 +114,6 @@ def test_skip_init(torch_kind: Any, kind: Any, options: Any) -> None:
     assert all(p.device.type == "cpu" for p in ours.parameters())
 
 
-@everything
-def test_functional_call(torch_kind: Any, kind: Any, options: Any) -> None:
-    theirs, ours = torch_kind(I, H, **options), kind(I, H, **options)
-    given = {n: torch.randn_like(p).requires_grad_() for n, p in ours.named_parameters()}
-    x = an_input(ours)
-    found = first(torch.func.functional_call(ours, given, (x,)))
-    expected = first(torch.func.functional_call(theirs, given, (x,)))
-    torch.testing.assert_close(found, expected)
-    grads = torch.autograd.grad(found.sum(), list(given.values()))
-    torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), list(given.values())))
-    assert all(p.grad is None for p in ours.parameters())
-
-
-@everything
-def test_parametrized_weight(torch_kind: Any, kind: Any, options: Any) -> None:
-    name = "weight_hh_l0" if isinstance(kind(I, H, **options), nn.RNNBase) else "weight_hh"
-    theirs, ours = torch_kind(I, H, **options), kind(I, H, **options)
-    ours.load_state_dict(theirs.state_dict())
-    x = an_input(ours)
-    for module in (theirs, ours):
-        parametrizations.weight_norm(module, name)
-        with torch.no_grad():
-            module.parametrizations[name].original0.mul_(0.5)
-    with parametrize.cached():
-        torch.testing.assert_close(first(ours(x)), first(theirs(x)))
-    found, expected = first(ours(x)), first(theirs(x))
-    torch.testing.assert_close(found, expected)
-    found.sum().backward()
-    expected.sum().backward()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
-
-
-@layers
-def test_old_weight_norm(torch_kind: Any, kind: Any, options: Any) -> None:
-    theirs, ours = torch_kind(I, H, **options), kind(I, H, **options)
-    ours.load_state_dict(theirs.state_dict())
-    x = an_input(ours)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for module in (theirs, ours):
-            nn.utils.weight_norm(module, "weight_ih_l0")
-    for _ in range(2):
-        found, expected = ours(x)[0], theirs(x)[0]
-        torch.testing.assert_close(found, expected)
-        found.sum().backward()
-        expected.sum().backward()
-        for module in (theirs, ours):
-            torch.optim.SGD(module.parameters(), lr=0.1).step()
-
-
-@layers
-def test_weight_drop(torch_kind: Any, kind: Any, options: Any) -> None:
-    """A weight that is a plain tensor, computed anew before every call."""
-    theirs, ours = torch_kind(I, H, **options), kind(I, H, **options)
-    ours.load_state_dict(theirs.state_dict())
-    x = an_input(ours)
-    for module in (theirs, ours):
-        raw = module.weight_hh_l0
-        del module._parameters["weight_hh_l0"]
-        module.register_parameter("weight_hh_l0_raw", raw)
-    for seed in range(3):
-        outputs = []
-        for module in (theirs, ours):
-            torch.manual_seed(seed)
-            dropped = nn.functional.dropout(module.weight_hh_l0_raw, 0.5)
-            module.weight_hh_l0 = dropped
-            outputs.append(module(x)[0])
-            module.zero_grad()
-            outputs[-1].sum().backward()
-        torch.testing.assert_close(outputs[1], outputs[0])
-        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad)
-
-
-@layers
-def test_a_replaced_parameter_is_used_at_once(torch_kind: Any, kind: Any, options: Any) -> None:
-    ours = kind(I, H, **options)
-    x = an_input(ours)
-    before = ours(x)[0]
-    ours.weight_ih_l0 = nn.Parameter(torch.zeros_like(ours.weight_ih_l0))
-    replaced = ours(x)[0]
-    assert not torch.equal(replaced, before)
-    ours._parameters["weight_ih_l0"] = nn.Parameter(torch.ones_like(ours.weight_ih_l0))
-    assert not torch.equal(ours(x)[0], replaced)
-    with torch.no_grad():
-        ours.weight_ih_l0.zero_()
-    assert torch.equal(ours(x)[0], replaced)
-    ours.weight_ih_l0.data = torch.ones_like(ours.weight_ih_l0)
-    assert not torch.equal(ours(x)[0], replaced)
-
-
-@layers
-def test_weights_shared_by_two_layers(torch_kind: Any, kind: Any, options: Any) -> None:
-    a, b = kind(I, H, **options), kind(I, H, **options)
-    for name in dict(a.named_parameters()):
-        setattr(b, name, getattr(a, name))
-    x = an_input(a)
-    assert torch.equal(a(x)[0], b(x)[0])
-    (a(x)[0] + b(x)[0]).sum().backward()
-    both = a.weight_hh_l0.grad.clone()
-    a.zero_grad()
-    a(x)[0].sum().backward()
-    torch.testing.assert_close(both, 2 * a.weight_hh_l0.grad)
-
-
 @layers
 def test_all_weights_and_flattening(torch_kind: Any, kind: Any, options: Any) -> None:
     args = {"num_layers": 2, "bidirectional": True, **options}
@@ -253,23 +145,6 @@ def test_share_memory_and_requires_grad(torch_kind: Any, kind: Any, options: Any
     x = an_input(ours)
     assert not first(ours(x)).requires_grad
     assert first(ours(x.requires_grad_())).requires_grad
-
-
-@everything
-def test_frozen_weights_with_input_gradients(torch_kind: Any, kind: Any, options: Any) -> None:
-    theirs, ours = torch_kind(I, H, **options), kind(I, H, **options)
-    ours.load_state_dict(theirs.state_dict())
-    data, grads = an_input(ours), []
-    for module in (theirs, ours):
-        module.requires_grad_(False)
-        x = data.clone().requires_grad_()
-        first(module(x)).sum().backward()
-        grads.append(x.grad)
-        assert all(p.grad is None for p in module.parameters())
-    torch.testing.assert_close(grads[1], grads[0])
-    single = next(iter(ours.parameters())).requires_grad_()
-    first(ours(data)).sum().backward()
-    assert single.grad is not None
 
 
 @everything
