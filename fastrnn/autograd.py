@@ -158,6 +158,10 @@ def scan(
         backend = _recomputing(backend, recompute, problem)
     if backend.differentiable:
         return backend.forward(problem, inputs, False)[:4]
+    if torch._C._are_functorch_transforms_active():
+        from . import transforms  # which needs this module
+
+        return transforms.scan(backend.name, problem, inputs)
     if not grad:
         return run_forward(backend.name, problem, inputs, False)[:4]
     outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = Scan.apply(  # type: ignore[no-untyped-call]

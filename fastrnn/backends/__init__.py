@@ -10,6 +10,8 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 from .base import (
@@ -29,6 +31,7 @@ from .reference import REFERENCE
 
 __all__ = [
     "BACKENDS",
+    "REFERENCE",
     "Backend",
     "Grads",
     "Inputs",
@@ -98,12 +101,26 @@ def refusal(candidate: Backend, problem: Problem) -> str | None:
     """None if `candidate` serves the problem here and now, or its reason."""
     if not candidate.differentiable:
         if torch._C._are_functorch_transforms_active():
-            return "a torch.func transform is active, which needs plain torch operations"
+            reason = _transforms_refusal()
+            if reason is not None:
+                return reason
         if forward_ad._current_level >= 0:
             return "forward-mode differentiation is active, and the kernels have none"
         if torch._C._get_tracing_state() is not None:
             return "torch.jit.trace is recording, and cannot record the kernels"
     return candidate.supports(problem)
+
+
+def _transforms_refusal() -> str | None:
+    """Why the kernels, which :mod:`fastrnn.transforms` runs, do not serve what is active."""
+    if torch.compiler.is_compiling():
+        return "a torch.func transform is being compiled, which needs plain torch operations"
+    for level in retrieve_all_functorch_interpreters():
+        if level.key() == TransformType.Functionalize:
+            return "torch.func.functionalize is active, which needs plain torch operations"
+        if isinstance(level, VmapInterpreter) and level.batch_size() == 0:
+            return "a vmap over nothing leaves the kernels nothing to do"
+    return None
 
 
 def choose(problem: Problem) -> Backend:
