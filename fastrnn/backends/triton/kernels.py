@@ -31,14 +31,16 @@ def _row(t, b, B, offsets):
     """Row of step t of batch row b in tensors of [N, ...]."""
     if offsets is None:
         return t.to(tl.int64) * B + b
-    return tl.load(offsets + t) + b
+    else:
+        return tl.load(offsets + t) + b
 
 
 @triton.jit
 def _lengths(b, T, B, lengths):
     if lengths is None:
         return tl.where(b < B, T, 0)
-    return tl.load(lengths + b, mask=b < B, other=0)
+    else:
+        return tl.load(lengths + b, mask=b < B, other=0)
 
 
 @triton.jit
@@ -163,15 +165,16 @@ def _announce(arrived):
 @triton.jit
 def _await(arrived, parts):
     """Wait for `parts` announcements; False if they did not come, which then shows as NaN."""
-    if arrived is None:
-        return True
-    seen = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
-    spins = 0
-    while (seen < parts) & (spins < SPINS):
+    came = True
+    if arrived is not None:
         seen = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
-        spins += 1
-    tl.debug_barrier()
-    return seen >= parts
+        spins = 0
+        while (seen < parts) & (spins < SPINS):
+            seen = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
+            spins += 1
+        tl.debug_barrier()
+        came = seen >= parts
+    return came
 
 
 @triton.jit
@@ -335,13 +338,12 @@ def forward_scan(
     active = t < length
     x = _load_tiles(gates_x, row, G * GATES * H, u, inside & active[None, :], H, GATES)
     for s in range(begin, end):
-        # The next step's gates are on their way while this step computes.
         t_next = tl.where(s + 1 < T, t + 1 - 2 * backward, T)
         row_next = _row(tl.minimum(t_next, T - 1), b, B, offsets)
         active_next = t_next < length
-        x_next = _load_tiles(
-            gates_x, row_next, G * GATES * H, u, inside & active_next[None, :], H, GATES
-        )
+        # The next step's gates, if it is this launch's, are on their way while this one computes.
+        ahead = inside & (tl.where(s + 1 < end, t_next, T) < length)[None, :]
+        x_next = _load_tiles(gates_x, row_next, G * GATES * H, u, ahead, H, GATES)
 
         if WHOLE:
             r = ()
@@ -362,24 +364,11 @@ def forward_scan(
                 with_h = with_h + (r[gate] + bias_h[gate],)
             x = with_x
             r = with_h
+        c_old = states[STATES - 1]
         new, kept = FORWARD(x, r, states)
 
-        running = inside & active[None, :]
-        if saved is not None:
-            _store_tiles(
-                saved + g * SAVED * H, row, G * SAVED * H, u, running, H, kept, SAVED
-            )
-            if STATES > 1:
-                _store_tiles(c_before + g * H, row, G * H, u, running, H, (states[1],), 1)
         states = _select(active[None, :], new, states, STATES)
-        written = running
-        if offsets is None:  # a padded row gets zeros past its length
-            written = inside
-        shown = _select(active[None, :], states, _zeros(BU, BB, STATES), STATES)
-        _store_tiles(y, row, G * H, u, written, H, shown, 1)
-        if c_all is not None:
-            _store_tiles(c_all + g * H, row, G * H, u, written, H, (shown[STATES - 1],), 1)
-
+        shown = states
         if reset is not None:
             cut = _is_cut(t_next, b, B, backward, length, reset)
             fresh = _zeros(BU, BB, STATES)
@@ -388,9 +377,23 @@ def forward_scan(
             states = _select(cut[None, :], fresh, states, STATES)
         if not WHOLE:
             slot = exchange + ((s + 1) % 2 * G + g) * B * H
-            at = slot + b.to(tl.int64)[None, :] * H + u[:, None]
-            tl.store(at, states[0].to(slot.dtype.element_ty), mask=inside)
+            part = slot + b.to(tl.int64)[None, :] * H + u[:, None]
+            tl.store(part, states[0].to(slot.dtype.element_ty), mask=inside)
             _announce(arrived)
+
+        # What nobody waits for comes last.
+        running = inside & active[None, :]
+        if saved is not None:
+            _store_tiles(saved + g * SAVED * H, row, G * SAVED * H, u, running, H, kept, SAVED)
+            if STATES > 1:
+                _store_tiles(c_before + g * H, row, G * H, u, running, H, (c_old,), 1)
+        written = running
+        if offsets is None:  # a padded row gets zeros past its length
+            written = inside
+        shown = _select(active[None, :], shown, _zeros(BU, BB, STATES), STATES)
+        _store_tiles(y, row, G * H, u, written, H, shown, 1)
+        if c_all is not None:
+            _store_tiles(c_all + g * H, row, G * H, u, written, H, (shown[STATES - 1],), 1)
         t, row, active, x = t_next, row_next, active_next, x_next
     _store_states(h, c, state_at, inside, states, STATES)
 

@@ -66,15 +66,15 @@ def whole(scan: Scan, limits: Limits) -> Plan | str:
     """One program a tile of the batch runs the sequence alone, with all of W_hh on chip."""
     units = power_of_two(scan.H, 16)
     needed = scan.cell.gates * units * units * scan.dtype.itemsize
-    room = _room(limits)
+    room = _room(limits, units)
     if needed > room:
         return f"W_hh takes {needed} bytes of the {room} that a program can hold"
-    if scan.exact and units > 64:
-        return "exact float32 products of more than 64 units leave a program too few registers"
+    if scan.exact and units > 32:
+        return "exact float32 products of more than 32 units leave a program too few registers"
     rows = _least_rows(scan, limits)
     while rows < 64 and _ceil(scan.B, rows) * scan.G > limits.processors:
         rows *= 2
-    warps = 8 if units > 64 or scan.exact else 4
+    warps = 8 if units > 64 else 4
     tiles = _ceil(scan.B, rows)
     return Plan(units, rows, units, 1, warps, True, True, False, tiles, 1)
 
@@ -98,8 +98,7 @@ def grid(scan: Scan, limits: Limits) -> Plan | str:
 
 def steps(scan: Scan, limits: Limits) -> Plan | str:
     """A launch a step, for what is too large to be resident."""
-    rows = 32 if scan.exact else 64
-    return _part(scan, 32 if scan.exact else 64, rows, False)._replace(resident=False)
+    return _part(scan, 32, 32, False)._replace(resident=False)
 
 
 REGIMES: tuple[Regime, ...] = (whole, grid, steps)
@@ -127,7 +126,7 @@ def _part(scan: Scan, units: int, rows: int, held: bool) -> Plan:
         BB=rows,
         BK=columns,
         chunks=_ceil(scan.H, columns),
-        warps=4,
+        warps=4 if units * rows <= 512 else 8,
         whole=False,
         held=held,
         resident=True,
@@ -137,12 +136,13 @@ def _part(scan: Scan, units: int, rows: int, held: bool) -> Plan:
 
 
 def _columns(scan: Scan, held: bool) -> int:
-    """The widest chunk that pads W_hh by a quarter at most."""
-    widest = (32 if scan.exact else 256) // (1 if held else 4) * 2 // scan.dtype.itemsize
-    columns = 16
-    while columns < widest and _ceil(scan.H, 2 * columns) * 2 * columns <= 1.25 * scan.H:
-        columns *= 2
-    return columns
+    """Tensor cores have time for padding, which costs less than another chunk's barriers do, but a
+    single chunk that is held is kept in registers, of which there are too few. Ordinary units get
+    tiles that fit theirs."""
+    if scan.exact:
+        return 16
+    widest = (512 if held else 128) // scan.dtype.itemsize
+    return max(16, min(power_of_two(scan.H) // 2, widest))
 
 
 def _is_resident(plan: Plan, scan: Scan, limits: Limits) -> bool:
@@ -151,14 +151,18 @@ def _is_resident(plan: Plan, scan: Scan, limits: Limits) -> bool:
 
 
 def _fits(plan: Plan, scan: Scan, limits: Limits) -> bool:
+    if scan.exact and plan.chunks > 8:
+        return False  # the compiler unrolls products with tiles that are held, for minutes
     weights = scan.cell.gates * plan.BU * plan.chunks * plan.BK * scan.dtype.itemsize
-    return weights <= _room(limits)
+    return weights <= _room(limits, plan.BU)
 
 
-def _room(limits: Limits) -> int:
+def _room(limits: Limits, units: int) -> int:
     """Bytes of W_hh that one program can hold: in shared memory beside the tiles that change layout
-    there, on AMD in a quarter of the registers."""
-    return 128 << 10 if limits.kind == "hip" else limits.shared - (24 << 10)
+    there, on AMD in half of its registers, where narrow tiles lie once in each wave."""
+    if limits.kind == "hip":
+        return (128 if units > 64 else 64) << 10
+    return limits.shared - (24 << 10)
 
 
 def _least_rows(scan: Scan, limits: Limits) -> int:
