@@ -1,12 +1,11 @@
 """Triton kernels on GPUs, NVIDIA's and AMD's, with what a build of torch for them brings along.
 
-Nothing here imports Triton before a layer is served: `import fastrnn` stays light, and works
+Nothing here imports Triton before a layer on a GPU asks: `import fastrnn` stays light, and works
 without it. With TRITON_INTERPRET=1 in the environment the same kernels run on CPU tensors, slowly,
-in Triton's interpreter."""
+in Triton's interpreter, for those who ask for this backend by name."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 
@@ -14,35 +13,37 @@ import torch
 from torch import Tensor
 
 from ..base import Grads, Inputs, Outputs, Problem, SavedShape
+from .plan import saved_shapes
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-_MAX_MIXED = 63  # groups whose directions fit the bits of one argument
+_MIXED = 63  # groups whose directions are the bits of one argument
 
 
-class Triton:
+class _Triton:
     """See :class:`fastrnn.backends.Backend`."""
 
     name = "triton"
     differentiable = False
 
     def supports(self, problem: Problem) -> str | None:
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed"
-        if problem.device.type != "cuda" and not _interprets(problem.device):
-            return f"the kernels run on CUDA or HIP tensors, not on {problem.device.type}"
-        if problem.device.type == "cpu" and problem.dtype == torch.bfloat16:
+        device = problem.device.type
+        if device != "cuda" and not (device == "cpu" and _is_interpreter_asked_for()):
+            return f"the kernels run on CUDA and HIP tensors, not on {device}"
+        if device == "cpu" and problem.dtype == torch.bfloat16:
             return "Triton's interpreter rounds and multiplies bfloat16 wrongly"
         if problem.dtype not in _DTYPES:
             return f"no kernel for {problem.dtype}; there is one for float32, float16 and bfloat16"
-        if problem.cell.name not in _CELLS:
-            return f"no kernel for the cell {problem.cell.name}"
         if problem.P:
             return "proj_size is not supported by the kernels"
-        if len(set(problem.reverse)) > 1 and problem.G > _MAX_MIXED:
-            return f"at most {_MAX_MIXED} groups may go in different directions, not {problem.G}"
+        if problem.G > _MIXED and len(set(problem.reverse)) > 1:
+            return f"at most {_MIXED} groups may differ in direction, not {problem.G}"
         if problem.B == 0:
             return "an empty batch leaves the kernels nothing to do"
+        cells = _cells()
+        if isinstance(cells, str):
+            return cells
+        if problem.cell.name not in cells:
+            return f"no kernel for the cell {problem.cell.name}"
         return None
 
     def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
@@ -65,13 +66,26 @@ class Triton:
         return scan.backward(problem, inputs, y, saved, grads, needs, samples)
 
     def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
-        gates = ((N, problem.G, problem.cell.saved * problem.H), problem.dtype)
-        c_before = ((N, problem.G, problem.H), torch.float32)
-        return [gates, c_before] if problem.cell.states > 1 else [gates]
+        return saved_shapes(problem, N)
 
 
-def _interprets(device: torch.device) -> bool:
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+def _is_interpreter_asked_for() -> bool:
+    from .. import _asked
+
+    return os.environ.get("TRITON_INTERPRET") == "1" and _asked() == "triton"
 
 
-TRITON = Triton()
+def _cells() -> tuple[str, ...] | str:
+    """Names of the cells that there are kernels for, or why there are none."""
+    try:
+        from .cells import TWINS
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    return tuple(TWINS)
+
+
+# Dynamo takes both for constants (see fastrnn.backends._asked).
+_is_interpreter_asked_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_cells._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+TRITON = _Triton()

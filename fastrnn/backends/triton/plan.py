@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ...cells import Cell
+from ..base import Problem, SavedShape
 
 
 class Limits(NamedTuple):
@@ -171,3 +172,11 @@ def _least_rows(scan: Scan, limits: Limits) -> int:
 
 def _ceil(n: int, unit: int) -> int:
     return -(-n // unit)
+
+
+def saved_shapes(problem: Problem, N: int) -> list[SavedShape]:
+    """What a backward scan reads again: values of the gates, and c before every step."""
+    G, H, cell = problem.G, problem.H, problem.cell
+    gates = ((N, G, cell.saved * H), problem.dtype)
+    c_before = ((N, G, H), torch.float32)
+    return [gates, c_before] if cell.states > 1 else [gates]

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..base import Grads, Inputs, Outputs, Problem, SavedShape
+from ..base import Grads, Inputs, Outputs, Problem
 from . import kernels, plan
 from .cells import TWINS
 
@@ -195,7 +195,7 @@ def forward(problem: Problem, inputs: Inputs, save: bool) -> Outputs:
     lead = x.shape[:-1]
     y = x.new_empty((*lead, G * H))
     c_all = x.new_empty((*lead, G * H)) if problem.all_states and c is not None else None
-    saved = [x.new_empty(s, dtype=kind) for s, kind in saved_shapes(problem, N)] if save else []
+    saved = [x.new_empty(s, dtype=kind) for s, kind in plan.saved_shapes(problem, N)] if save else []
     gates, c_before, *_ = [*saved, None, None]
     exchange = None
     if not layer.plan.whole:
@@ -285,14 +285,6 @@ def _weight_gradients(
     ]
 
 
-def saved_shapes(problem: Problem, N: int) -> list[SavedShape]:
-    """What backward() reads again: values of the gates, and c before every step."""
-    G, H, cell = problem.G, problem.H, problem.cell
-    gates = ((N, G, cell.saved * H), problem.dtype)
-    c_before = ((N, G, H), torch.float32)
-    return [gates, c_before] if cell.states > 1 else [gates]
-
-
 def _one_or_all(each: Tensor, samples: int) -> Tensor:
     return each if samples > 1 else each.squeeze(0)
 
@@ -307,8 +299,12 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 def _side_by_side(b_ih: Sequence[Tensor | None], b_hh: Sequence[Tensor | None]) -> Tensor | None:
     """[G, 2, gates*H], or None if there are no biases."""
-    pairs = [(i, h) for i, h in zip(b_ih, b_hh, strict=True) if i is not None and h is not None]
-    return torch.stack([b for pair in pairs for b in pair]).unflatten(0, (-1, 2)) if pairs else None
+    flat = [b for pair in zip(b_ih, b_hh, strict=True) for b in pair]
+    known = next((b for b in flat if b is not None), None)
+    if known is None:
+        return None
+    filled = [torch.zeros_like(known) if b is None else b for b in flat]
+    return torch.stack(filled).unflatten(0, (-1, 2))
 
 
 def _both(h: Tensor | None, c: Tensor | None, states: int) -> tuple[Tensor | None, Tensor | None]:
