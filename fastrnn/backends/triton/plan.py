@@ -51,10 +51,6 @@ class Plan(NamedTuple):
     tiles: int  # of the batch
     slices: int  # of the units
 
-    @property
-    def single_launch(self) -> bool:
-        return self.whole or self.resident
-
 
 Regime = Callable[[Scan, Limits], "Plan | str"]
 
@@ -99,7 +95,7 @@ def grid(scan: Scan, limits: Limits) -> Plan | str:
 
 def steps(scan: Scan, limits: Limits) -> Plan | str:
     """A launch a step, for what is too large to be resident."""
-    return _part(scan, 32, 32, False)._replace(resident=False)
+    return _part(scan, 32, 16, held=False)._replace(resident=False)
 
 
 REGIMES: tuple[Regime, ...] = (whole, grid, steps)
@@ -127,7 +123,7 @@ def _part(scan: Scan, units: int, rows: int, held: bool) -> Plan:
         BB=rows,
         BK=columns,
         chunks=_ceil(scan.H, columns),
-        warps=4 if units * rows <= 512 else 8,
+        warps=4 if units * rows <= (256 if held else 512) else 8,
         whole=False,
         held=held,
         resident=True,
@@ -152,8 +148,8 @@ def _is_resident(plan: Plan, scan: Scan, limits: Limits) -> bool:
 
 
 def _fits(plan: Plan, scan: Scan, limits: Limits) -> bool:
-    if scan.exact and plan.chunks > 8:
-        return False  # the compiler unrolls products with tiles that are held, for minutes
+    if scan.exact:
+        return False  # the compiler unrolls ordinary products with tiles that are held, for minutes
     weights = scan.cell.gates * plan.BU * plan.chunks * plan.BK * scan.dtype.itemsize
     return weights <= _room(limits, plan.BU)
 

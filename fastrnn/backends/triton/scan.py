@@ -106,9 +106,7 @@ class Layer:
         """Run the steps 0 to `last` - 1 of a scan, in one launch or in one a step."""
         p, cell = self.plan, self.cell
         waits = p.resident and not p.whole
-        arrived = None
-        if waits:
-            arrived = torch.zeros((self.G, p.tiles), dtype=torch.int32, device=self.x.device)
+        arrived = self.counters() if waits else None
         # The interpreter runs programs one after the other, so that none may wait for another of its
         # launch: there the resident grid takes one step a launch, through the same counters.
         once = p.whole or (p.resident and not INTERPRETED)
@@ -125,6 +123,10 @@ class Layer:
                     num_warps=p.warps, num_stages=1, launch_cooperative_grid=waits,
                     **arguments,
                 )  # fmt: skip
+
+    def counters(self) -> Tensor:
+        """Announcements so far, for each group and tile of the batch."""
+        return torch.zeros((self.G, self.plan.tiles), dtype=torch.int32, device=self.x.device)
 
     def input_gates(self) -> Tensor:
         """x W_ih^T of every group: [N, G*gates*H]."""
