@@ -368,6 +368,15 @@ class Truth:
 
 
 @contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Let products of float32 round their factors to TF32 where the hardware can."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Fresh memory holds NaN: whatever a kernel reads before writing shows."""
 

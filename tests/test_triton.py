@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import BACKEND_NAMES, Case, Truth, make_inputs, poisoned, run, run_python
+from helpers import BACKEND_NAMES, Case, Truth, make_inputs, poisoned, run, run_python, tf32
 from torch import Tensor
 
 import fastrnn
@@ -80,13 +80,10 @@ def test_half_precision(regime: Regime, cell: str, case: Case) -> None:
 
 @interpreted
 @pytest.mark.parametrize("regime", REGIMES, ids=name_of)
-def test_tf32_takes_the_plan_of_tensor_cores(
-    regime: Regime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+def test_tf32_takes_the_plan_of_tensor_cores(regime: Regime) -> None:
     case = Case(3, 3, 3, 35)
     expected = truth("lstm", case, torch.float32)
-    with only(regime), poisoned():
+    with only(regime), poisoned(), tf32():
         expected.check(run("lstm", case, make_inputs("lstm", case, torch.float32), "triton"))
 
 

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels ahead of time, without a device, and tells what each one takes.
 
-Run as a script, in a process that has not asked for the interpreter: `python triton_aot.py SPEC`
-with SPEC a JSON list of [target, cell, dtype, tf32, T, B, H, feature], prints a JSON list of dicts."""
+``python triton_aot.py TARGET`` prints one JSON line a kernel; TARGET "launch" prints instead how
+often launches of changing sizes compile. It wants a process without TRITON_INTERPRET."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import MockTensor
 
 from fastrnn.backends.triton import kernels, plan
 from fastrnn.backends.triton.cells import TWINS
@@ -38,86 +42,153 @@ TARGETS = {
 }
 
 
-def pointers(kernel: str, dtype: str, states: int, shared: bool, whole: bool, waits: bool, full: bool) -> dict[str, str | None]:
-    """The type of every pointer that `kernel` takes, None for those that a call does without."""
-    c = states > 1
+class Call(NamedTuple):
+    """One launch: `full` has two groups, lengths, resets to given states and all states."""
 
-    def some(kind: str, given: bool = True) -> str | None:
-        return kind if given else None
+    kernel: str
+    scan: plan.Scan
+    plan: plan.Plan
+    full: bool
 
-    own, wide = f"*{dtype}", "*fp32"
-    both = {
-        "w_hh": own, "h": wide, "c": some(wide, c), "lengths": some("*i64", full),
-        "offsets": None, "reset": some("*u8", full), "arrived": some("*i32", waits),
-    }  # fmt: skip
-    if kernel == "forward_scan":
-        return both | {
-            "gates_x": own, "bias": own, "h_reset": some(own, full), "c_reset": some(own, full and c),
-            "exchange": some(own, not whole), "y": own, "c_all": some(own, full and c),
-            "saved": own, "c_before": some(wide, c),
+    def tensors(self) -> dict[str, torch.dtype | None]:
+        """The dtype of every tensor that the kernel takes, None for those it does without."""
+        cell, p, own, wide = self.scan.cell, self.plan, self.scan.dtype, torch.float32
+        has_c = cell.states > 1
+        full, full_c = self.full, self.full and has_c
+        common = {
+            "w_hh": own, "h": wide, "c": wide if has_c else None,
+            "lengths": torch.int64 if full else None, "offsets": None,
+            "reset": torch.uint8 if full else None,
+            "arrived": torch.int32 if p.resident and not p.whole else None,
+            "saved": own, "c_before": wide if has_c else None,
         }  # fmt: skip
-    return both | {
-        "dy": own, "dc_all": some(own, full and c), "saved": own, "c_before": some(wide, c),
-        "h_before": own, "dh_reset": some(wide, full), "dc_reset": some(wide, full and c),
-        "dgates_h": own, "dgates_x": some(own, not shared),
-    }  # fmt: skip
+        if self.kernel == "forward_scan":
+            return common | {
+                "gates_x": own, "bias": own, "h_reset": own if full else None,
+                "c_reset": own if full_c else None, "exchange": None if p.whole else own,
+                "y": own, "c_all": own if full_c else None,
+            }  # fmt: skip
+        return common | {
+            "dy": own, "dc_all": own if full_c else None, "h_before": own,
+            "dh_reset": wide if full else None, "dc_reset": wide if full_c else None,
+            "dgates_h": own, "dgates_x": None if cell.shared_dgates else own,
+        }  # fmt: skip
+
+    def constants(self) -> dict[str, Any]:
+        cell, p, twin = self.scan.cell, self.plan, TWINS[self.scan.cell.name]
+        which = (
+            {"FORWARD": twin.forward}
+            if self.kernel == "forward_scan"
+            else {"BACKWARD": twin.backward}
+        )
+        return which | {
+            "GATES": cell.gates, "STATES": cell.states, "SAVED": cell.saved,
+            "G": self.scan.G, "H": self.scan.H, "BU": p.BU, "BB": p.BB, "BK": p.BK,
+            "CHUNKS": p.chunks, "HELD": p.held, "WHOLE": p.whole,
+            "PRECISION": "ieee" if self.scan.exact else "tf32",
+        }  # fmt: skip
+
+    def options(self) -> dict[str, Any]:
+        waits = self.plan.resident and not self.plan.whole
+        return {"num_warps": self.plan.warps, "num_stages": 1, "launch_cooperative_grid": waits}
+
+    def compiled(self, target: Target) -> Any:
+        kernel = getattr(kernels, self.kernel)
+        constants = self.constants()
+        signature, aligned = {}, {}
+        tensors = self.tensors()
+        for k, name in enumerate(kernel.arg_names):
+            if name not in tensors:
+                signature[name] = "constexpr" if name in constants else "i32"
+                continue
+            dtype = tensors[name]
+            if dtype is None:
+                signature[name], constants[name] = "constexpr", None
+                continue
+            kinds = NAMES | {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
+            signature[name], aligned[(k,)] = f"*{kinds[dtype]}", [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+        return triton.compile(source, target=target.gpu, options=self.options())
 
 
-def compiled(kernel_name: str, target: Target, scan: plan.Scan, p: plan.Plan, full: bool) -> Any:
-    kernel, cell = getattr(kernels, kernel_name), scan.cell
-    waits = p.resident and not p.whole
-    types = pointers(
-        kernel_name, NAMES[scan.dtype], cell.states, cell.shared_dgates, p.whole, waits, full
-    )
-    constants: dict[str, Any] = {
-        "GATES": cell.gates, "STATES": cell.states, "SAVED": cell.saved,
-        "G": scan.G, "H": scan.H, "BU": p.BU, "BB": p.BB, "BK": p.BK, "CHUNKS": p.chunks,
-        "HELD": p.held, "WHOLE": p.whole, "PRECISION": "ieee" if scan.exact else "tf32",
-        "FORWARD": TWINS[cell.name].forward, "BACKWARD": TWINS[cell.name].backward,
-    }  # fmt: skip
-    constants |= {name: None for name, kind in types.items() if kind is None}
-    signature, aligned = {}, {}
-    for k, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
-        if signature[name].startswith("*"):
-            aligned[(k,)] = [["tt.divisibility", 16]]
-    constants = {name: value for name, value in constants.items() if name in signature}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": p.warps, "num_stages": 1, "launch_cooperative_grid": waits}
-    return triton.compile(source, target=target.gpu, options=options)
+def calls(limits: plan.Limits) -> Iterator[Call]:
+    """Every cell and kernel, in every regime and in every kind of product."""
+    sizes = {
+        (torch.bfloat16, False): ((64, 128), (64, 512), (2048, 1500)),
+        (torch.float32, False): ((64, 128),),
+        (torch.float32, True): ((64, 32), (64, 256)),
+    }
+    for cell, ((dtype, exact), shapes) in product(CELLS.values(), sizes.items()):
+        for k, (B, H) in enumerate(shapes):
+            full = k == 1
+            scan = plan.Scan(cell, dtype, exact, 2 if full else 1, B, H)
+            for kernel in ("forward_scan", "backward_scan"):
+                yield Call(kernel, scan, plan.plan(scan, limits), full)
 
 
 def resources(binary: Any, target: Target) -> dict[str, int]:
-    """Registers of a thread, bytes of shared memory, and bytes or registers spilled."""
+    """Registers of a thread, bytes of shared memory, and bytes that a thread has spilled."""
     shared = int(binary.metadata.shared)
     if target.gpu.backend == "hip":
         found = dict(re.findall(r"\.(\w+):\s+(\d+)", binary.asm["amdgcn"]))
-        spilled = int(found["vgpr_spill_count"]) + int(found["private_segment_fixed_size"])
-        return {"registers": int(found["vgpr_count"]), "shared": shared, "spilled": spilled}
+        registers, spilled = int(found["vgpr_count"]), int(found["private_segment_fixed_size"])
+        return {"registers": registers, "shared": shared, "spilled": spilled}
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": found["REG"], "shared": shared, "spilled": found["STACK"] + found["LOCAL"]}
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    spilled = int(found["STACK"]) + int(found["LOCAL"])
+    return {"registers": int(found["REG"]), "shared": shared, "spilled": spilled}
 
 
-def measure(name: str, cell: str, dtype: str, tf32: bool, B: int, H: int, full: bool) -> list[dict[str, Any]]:
-    target, kind = TARGETS[name], getattr(torch, dtype)
-    scan = plan.Scan(CELLS[cell], kind, kind == torch.float32 and not tf32, 2 if full else 1, B, H)
-    p = plan.plan(scan, target.limits)
-    found = []
-    for kernel in ("forward_scan", "backward_scan"):
-        binary = compiled(kernel, target, scan, p, full)
-        found.append(
-            {"kernel": kernel, "plan": p._asdict(), **resources(binary, target),
-             "most_registers": target.registers, "most_shared": target.limits.shared}
-        )
-    return found
+def report(name: str) -> Iterator[dict[str, Any]]:
+    target = TARGETS[name]
+    for call in calls(target.limits):
+        scan, p = call.scan, call.plan
+        regime = "whole" if p.whole else "grid" if p.resident else "steps"
+        what = f"{scan.cell.name} {call.kernel} {scan.dtype} exact={scan.exact} H={scan.H} {regime}"
+        used = resources(call.compiled(target), target)
+        yield {"what": what, **used, "limits": [target.registers, target.limits.shared]}
+
+
+class NoDevice:
+    """As much of a driver as the launcher asks for before it needs a device."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS["sm_90"].gpu
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def launches() -> Iterator[dict[str, Any]]:
+    """How many kernels there are after launches of one layer with other lengths and batches."""
+    driver.set_active(NoDevice())
+    limits = TARGETS["sm_90"].limits
+    for kernel, H in product(("forward_scan", "backward_scan"), (64, 512)):
+        before = _kernels(kernel)
+        for T, B in ((512, 64), (1, 1), (16, 33), (70_000, 17), (3, 16)):
+            scan = plan.Scan(CELLS["gru"], torch.float16, False, 1, B, H)
+            call = Call(kernel, scan, plan.plan(scan, limits), False)
+            tensors = {n: d if d is None else MockTensor(d) for n, d in call.tensors().items()}
+            getattr(kernels, kernel).warmup(
+                grid=(call.plan.tiles, call.plan.slices, 1), **tensors, **call.constants(),
+                T=T, B=B, backwards=0, begin=0, end=T, **call.options(),
+            )  # fmt: skip
+        yield {"what": f"{kernel} H={H}", "compiled": _kernels(kernel) - before}
+
+
+def _kernels(name: str) -> int:
+    caches = getattr(kernels, name).device_caches
+    return len(caches[0][0]) if 0 in caches else 0
 
 
 if __name__ == "__main__":
-    print(json.dumps([measure(*spec) for spec in json.loads(sys.argv[1])]))
+    for line in launches() if sys.argv[1] == "launch" else report(sys.argv[1]):
+        print(json.dumps(line), flush=True)

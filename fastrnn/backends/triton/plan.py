@@ -52,6 +52,7 @@ class Plan(NamedTuple):
     slices: int  # of the units
 
 
+_ROWS = 16  # of the narrowest tile; fewer would save little, and be one more kernel to compile
 Regime = Callable[[Scan, Limits], "Plan | str"]
 
 
@@ -66,9 +67,11 @@ def whole(scan: Scan, limits: Limits) -> Plan | str:
     room = _room(limits, units)
     if needed > room:
         return f"W_hh takes {needed} bytes of the {room} that a program can hold"
+    if limits.kind == "hip" and units > 128:
+        return f"tiles of {units} units take more shared memory than there is"
     if scan.exact and units > 32:
         return "exact float32 products of more than 32 units leave a program too few registers"
-    rows = _least_rows(scan, limits)
+    rows = _ROWS
     while rows < 64 and _ceil(scan.B, rows) * scan.G > limits.processors:
         rows *= 2
     warps = 8 if units > 64 else 4
@@ -80,7 +83,7 @@ def grid(scan: Scan, limits: Limits) -> Plan | str:
     """Programs that own some units each and are all resident hand h over by flags. Those that hold
     their part of W_hh come first, those that read it from L2 at every step second."""
     for held in (True, False):
-        rows = _least_rows(scan, limits)
+        rows = _ROWS
         while rows <= 64:
             for units in (16, 32, 64):
                 plan = _part(scan, units, rows, held)
@@ -160,10 +163,6 @@ def _room(limits: Limits, units: int) -> int:
     if limits.kind == "hip":
         return (128 if units > 64 else 64) << 10
     return limits.shared - (24 << 10)
-
-
-def _least_rows(scan: Scan, limits: Limits) -> int:
-    return 16 if limits.kind == "hip" else min(16, power_of_two(scan.B, 8))
 
 
 def _ceil(n: int, unit: int) -> int:
