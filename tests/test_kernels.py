@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from helpers import Case, Truth, as_function, collect, make_inputs, run, run_python, using
 from helpers import poisoned as poisoned_memory
-from torch import Tensor
 
 from fastrnn.backends import cpu
 from fastrnn.cells import CELLS

@@ -123,9 +123,7 @@ def test_weight_gradients_of_blocks(cell: str, packed: bool) -> None:
 
     def gradients(dy: Tensor, samples: int) -> list[Tensor]:
         grads = Grads(dy, None, None, None)
-        return backend.backward(
-            problem, inputs, outputs.y, outputs.saved, grads, needs, samples
-        )
+        return backend.backward(problem, inputs, outputs.y, outputs.saved, grads, needs, samples)
 
     dy = given.grads[0]
     rows = [b for t in range(case.T) for b in range(case.B) if not packed or lengths[b] > t]
@@ -137,7 +135,7 @@ def test_weight_gradients_of_blocks(cell: str, packed: bool) -> None:
 
 @interpreted
 def test_parts_that_never_come_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grid whose programs are not all there ends, and with NaN rather than with a wrong number."""
+    """A grid whose programs are not all there ends, and with NaN rather than a wrong number."""
     from fastrnn.backends.triton import kernels, scan
 
     monkeypatch.setattr(kernels, "SPINS", 3)
@@ -212,9 +210,7 @@ GFX942 = plan.Limits("hip", shared=64 << 10, processors=304)
 @pytest.mark.parametrize("limits", [SM90, SM80, GFX942], ids=["sm_90", "sm_80", "gfx942"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("exact", [False, True])
-def test_every_plan_covers_its_scan(
-    limits: plan.Limits, dtype: torch.dtype, exact: bool
-) -> None:
+def test_every_plan_covers_its_scan(limits: plan.Limits, dtype: torch.dtype, exact: bool) -> None:
     for cell in CELLS.values():
         for G in (1, 2, 64):
             for B in (1, 7, 64, 5000):
@@ -247,5 +243,5 @@ def test_no_regime_tells_every_reason() -> None:
     scan = plan.Scan(CELLS["lstm"], torch.bfloat16, False, 1, 4096, 1024)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "REGIMES", (plan.whole, plan.grid))
-        with pytest.raises(RuntimeError, match="whole: W_hh takes .*; grid: 1 groups of 1024"):
+        with pytest.raises(RuntimeError, match=r"whole: W_hh takes .*; grid: 1 groups of 1024"):
             plan.plan(scan, SM90)

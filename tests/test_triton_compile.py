@@ -13,18 +13,16 @@ import pytest
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 FOLDER = Path(__file__).parent
-# ptxas now and then keeps a few of a loop's invariants, addresses mostly, in local memory rather than
-# compute them again. Gates that do not fit the registers would be hundreds of bytes.
+# ptxas now and then keeps a few of a loop's invariants, addresses mostly, in local memory rather
+# than compute them again. Gates that do not fit the registers would be hundreds of bytes.
 INVARIANTS = 64
 
 
 def run(what: str, cache: Path) -> list[dict[str, Any]]:
     """In a process of its own, as this one's kernels may be the interpreter's."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
-    paths = [str(FOLDER.parent), inherited.get("PYTHONPATH", "")]
-    environment = {
-        **inherited, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(filter(None, paths))
-    }  # fmt: skip
+    paths = os.pathsep.join(filter(None, [inherited.get("PYTHONPATH"), str(FOLDER.parent)]))
+    environment = {**inherited, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": paths}
     command = [sys.executable, str(FOLDER / "triton_aot.py"), what]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]

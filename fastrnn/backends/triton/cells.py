@@ -1,8 +1,8 @@
 """The cells' Triton twins: csrc/cells/*.h again, on tiles.
 
 ``forward(x, r, states)`` takes the input's and the recurrent gates, one tile each, and returns the
-new states and what backward() wants back. ``backward(saved, s_before, ds)`` returns the gradients of
-both gate inputs and of the states, the recurrent product's share left out. All of it is float32,
+new states and what backward() wants back. ``backward(saved, s_before, ds)`` returns the gradients
+of both gate inputs and of the states, the recurrent product's share left out. All of it is float32,
 and linear in ds: where ds is zero and the rest finite, all gradients are zero."""
 
 from __future__ import annotations

@@ -208,9 +208,7 @@ def _product_forward(
     if HELD:
         for chunk in tl.static_range(CHUNKS):
             k = chunk * BK + tl.arange(0, BK)
-            h = _exchanged(
-                exchange + rows + k[:, None], (k < H)[:, None] & (b < B)[None, :], came
-            )
+            h = _exchanged(exchange + rows + k[:, None], (k < H)[:, None] & (b < B)[None, :], came)
             added = ()
             for gate in tl.static_range(GATES):
                 tile = held[gate * CHUNKS + chunk]
@@ -219,9 +217,7 @@ def _product_forward(
     else:
         for chunk in range(CHUNKS):
             k = chunk * BK + tl.arange(0, BK)
-            h = _exchanged(
-                exchange + rows + k[:, None], (k < H)[:, None] & (b < B)[None, :], came
-            )
+            h = _exchanged(exchange + rows + k[:, None], (k < H)[:, None] & (b < B)[None, :], came)
             added = ()
             for gate in tl.static_range(GATES):
                 tile = _weight(w_hh, gate, u, k, H, False)

@@ -49,12 +49,14 @@ class Layer:
         self.T, self.B, self.H, self.G = problem.T, problem.B, problem.H, problem.G
         self.x = inputs.x.reshape(-1, inputs.x.shape[-1])  # [N, I] or [N, G*I]
         self.N = self.x.shape[0]
-        self.w_ih, self.w_hh, b_ih, b_hh = (
-            list(inputs.weights[k :: problem.per_group]) for k in range(4)
-        )
+        w_ih, w_hh, b_ih, b_hh = (inputs.weights[k :: problem.per_group] for k in range(4))
+        self.w_ih = [w for w in w_ih if w is not None]
+        self.w_hh = _stacked([w for w in w_hh if w is not None])  # [G, gates*H, H]
         self.bias = _side_by_side(b_ih, b_hh)
-        self.recurrent = _stacked(self.w_hh)  # [G, gates*H, H]
         self.lengths, self.offsets = inputs.lengths, None
+        if self.lengths is not None:
+            # Nobody has looked at values on the device; a kernel would read past the batch's end.
+            self.lengths = self.lengths.clamp(0, self.T)
         if inputs.batch_sizes is not None:
             self.lengths, self.offsets = _unpacked(inputs.batch_sizes, self.B, self.x.device)
         self.reset = None
@@ -107,14 +109,14 @@ class Layer:
         p, cell = self.plan, self.cell
         waits = p.resident and not p.whole
         arrived = self.counters() if waits else None
-        # The interpreter runs programs one after the other, so that none may wait for another of its
-        # launch: there the resident grid takes one step a launch, through the same counters.
+        # The interpreter runs programs one after the other, so that none may wait for another of
+        # its launch: there the resident grid takes one step a launch, through the same counters.
         once = p.whole or (p.resident and not INTERPRETED)
         spans = [(0, last)] if once else [(k, k + 1) for k in range(last)]
         with _device(self.x):
             for begin, end in spans:
                 kernel[p.tiles, p.slices, self.G](
-                    w_hh=self.recurrent, lengths=self.lengths, offsets=self.offsets,
+                    w_hh=self.w_hh, lengths=self.lengths, offsets=self.offsets,
                     reset=self.reset, arrived=arrived,
                     T=self.T, B=self.B, backwards=self.backwards, begin=begin, end=end,
                     GATES=cell.gates, STATES=cell.states, SAVED=cell.saved,
@@ -154,7 +156,7 @@ class Layer:
         return x[:, g * self.problem.I : (g + 1) * self.problem.I]
 
     def clean_x(self) -> Tensor:
-        """x with zeros past the rows' lengths: whatever stands there must not meet a zero gradient."""
+        """x with zeros past the rows' lengths: what stands there may be NaN, which times 0 is NaN."""
         if self.inputs.lengths is None:
             return self.x
         return self.x.masked_fill(self.active().logical_not().view(-1, 1), 0)
@@ -197,7 +199,9 @@ def forward(problem: Problem, inputs: Inputs, save: bool) -> Outputs:
     lead = x.shape[:-1]
     y = x.new_empty((*lead, G * H))
     c_all = x.new_empty((*lead, G * H)) if problem.all_states and c is not None else None
-    saved = [x.new_empty(s, dtype=kind) for s, kind in plan.saved_shapes(problem, N)] if save else []
+    saved = (
+        [x.new_empty(s, dtype=kind) for s, kind in plan.saved_shapes(problem, N)] if save else []
+    )
     gates, c_before, *_ = [*saved, None, None]
     exchange = None
     if not layer.plan.whole:
@@ -295,7 +299,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0).contiguous() if len(tensors) == 1 else torch.stack(tensors)
 
 
@@ -306,7 +310,7 @@ def _side_by_side(b_ih: Sequence[Tensor | None], b_hh: Sequence[Tensor | None]) 
     if known is None:
         return None
     filled = [torch.zeros_like(known) if b is None else b for b in flat]
-    return torch.stack(filled).unflatten(0, (-1, 2))
+    return torch.stack(filled).view(len(b_ih), 2, -1)
 
 
 def _both(h: Tensor | None, c: Tensor | None, states: int) -> tuple[Tensor | None, Tensor | None]:
