@@ -225,7 +225,7 @@ class Setup:
             ours = self.results(self.ours, self._forced(name), dtype)
             try:
                 used = compare(ours, theirs, exact, floor((T, B, H, H), dtype))
-            except WrongResultError as failure:  # noqa: PERF203
+            except WrongResultError as failure:
                 row.wrong[name] = str(failure)
             else:
                 row.error_share[name] = max(used.values())

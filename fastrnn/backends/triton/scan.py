@@ -156,7 +156,7 @@ class Layer:
         return x[:, g * self.problem.I : (g + 1) * self.problem.I]
 
     def clean_x(self) -> Tensor:
-        """x with zeros past the rows' lengths: what stands there may be NaN, which times 0 is NaN."""
+        """x with zeros past the lengths: what stands there may be NaN, which times 0 is NaN."""
         if self.inputs.lengths is None:
             return self.x
         return self.x.masked_fill(self.active().logical_not().view(-1, 1), 0)
