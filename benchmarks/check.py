@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,15 +25,15 @@ def error(value: Tensor, reference: Tensor) -> float:
     return float((value.to(reference.dtype) - reference).abs().max() / scale)
 
 
-def floor(setup: Setup) -> float:
+def floor(shape: Sequence[int], dtype: torch.dtype) -> float:
     """The error that even a right result may have where torch's own is, by luck, nothing.
 
     Rounding the result to its dtype costs half an epsilon. The longest sum, over a gate's inputs
     or over all rows of a weight's gradient, accumulates as many roundings in float32, and
     independent roundings grow with the square root of their number.
     """
-    T, B, I, H = setup.case.shape
-    unit = torch.finfo(setup.x.dtype).eps / 2
+    T, B, I, H = shape
+    unit = torch.finfo(dtype).eps / 2
     return unit + math.sqrt(max(I + H, T * B)) * torch.finfo(torch.float32).eps / 2
 
 
@@ -59,7 +60,7 @@ def compare(ours: Results, theirs: Results, exact: Results, floor: float) -> dic
 def verify(setup: Setup) -> dict[str, float]:
     """Checks fastrnn against torch.nn and the exact results of one case."""
     ours, theirs = setup.results("fastrnn"), setup.results("torch")
-    return compare(ours, theirs, setup.reference(), floor(setup))
+    return compare(ours, theirs, setup.reference(), floor(setup.case.shape, setup.x.dtype))
 
 
 def verify_opponent(y: Tensor, setup: Setup) -> None:

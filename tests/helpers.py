@@ -367,6 +367,34 @@ class Truth:
             return run(self.cell, case, inputs, "reference")
 
 
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Let products of float32 round their factors to TF32 where the hardware can."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN: whatever a kernel reads before writing shows."""
+
+    def poison(result: Tensor) -> Tensor:
+        if result.is_floating_point():
+            return result.fill_(math.nan)
+        return result.fill_(255) if result.dtype == torch.uint8 else result
+
+    def wrap(allocate: Any) -> Any:
+        return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", wrap(torch.empty))
+        patch.setattr(torch, "empty_like", wrap(torch.empty_like))
+        patch.setattr(Tensor, "new_empty", wrap(Tensor.new_empty))
+        yield
+
+
 def outputs_of(result: Any) -> dict[str, Tensor]:
     """The tensors that a layer or cell returned, by name."""
     if isinstance(result, Tensor):

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from helpers import Case, Truth, as_function, collect, make_inputs, run, run_python, using
-from torch import Tensor
+from helpers import poisoned as poisoned_memory
 
 from fastrnn.backends import cpu
 from fastrnn.cells import CELLS
@@ -80,20 +78,8 @@ def isa(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory holds NaN: whatever a kernel reads before writing shows."""
-
-    def poison(result: Tensor) -> Tensor:
-        if result.is_floating_point():
-            return result.fill_(math.nan)
-        return result.fill_(255) if result.dtype == torch.uint8 else result
-
-    def wrap(allocate: Any) -> Any:
-        return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", wrap(torch.empty))
-        patch.setattr(torch, "empty_like", wrap(torch.empty_like))
-        patch.setattr(Tensor, "new_empty", wrap(Tensor.new_empty))
+    """As :func:`helpers.poisoned`, the kernels' own workspace included."""
+    with poisoned_memory(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "_workspace", cpu._Workspace(keep=0))
         yield
 

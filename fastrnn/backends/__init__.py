@@ -28,6 +28,7 @@ from .base import (
 from .cpu import CPU
 from .recompute import MARK, Recompute
 from .reference import REFERENCE
+from .triton import TRITON
 
 __all__ = [
     "BACKENDS",
@@ -49,7 +50,7 @@ __all__ = [
     "refusal",
 ]
 
-BACKENDS: list[Backend] = [CPU, REFERENCE]
+BACKENDS: list[Backend] = [CPU, TRITON, REFERENCE]
 
 
 def by_name(name: str) -> Backend:
