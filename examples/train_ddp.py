@@ -1,7 +1,7 @@
 """Train a recurrent layer in several processes, each on its part of every batch.
 
     torchrun --standalone --nproc-per-node=2 examples/train_ddp.py
-    torchrun --standalone --nproc-per-node=2 examples/train_ddp.py --fsdp --cell gru
+    torchrun --standalone --nproc-per-node=2 examples/train_ddp.py --fsdp --cell rnn
 
 The task is the adding problem of Hochreiter and Schmidhuber 1997: of a sequence of random numbers,
 two are marked; the answer is their sum. Answering always 1 gives a squared error of 1/6.
@@ -82,12 +82,12 @@ def train(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The adding problem in several processes.")
-    parser.add_argument("--cell", choices=CELLS, default="lstm")
+    parser.add_argument("--cell", choices=CELLS, default="gru")
     parser.add_argument("--fsdp", action="store_true", help="shard the parameters (FSDP2)")
     parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--length", type=int, default=30)
+    parser.add_argument("--length", type=int, default=20)
     parser.add_argument("--batch", type=int, default=128, help="of all processes together")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     single = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in single.items():
