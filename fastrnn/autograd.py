@@ -68,20 +68,20 @@ class Scan(torch.autograd.Function):
         inputs = Inputs(x, batch_sizes, lengths, reset, tensors[4:8], tensors[8:end])
         _, _, need_x, _, _, _, *need_rest = ctx.needs_input_grad
         needs = [need_x, *need_rest]
-        if not torch.compiler.is_compiling():
-            differentiable = torch.is_grad_enabled()
-            if differentiable or any(map(_is_batched, grads)):
-                return _placed(_plain_backward(ctx.problem, inputs, grads, needs), needs)
-        with torch.no_grad():
-            y, *saved = tensors[end:]
-            return _placed(
-                run_backward(ctx.backend, ctx.problem, inputs, y, saved, grads, needs), needs
-            )
+        y, *saved = tensors[end:]
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                found = run_backward(ctx.backend, ctx.problem, inputs, y, saved, grads, needs)
+        elif torch.is_grad_enabled() or any(map(_is_batched, grads)):
+            found = _plain_backward(ctx.problem, inputs, grads, needs)
+        else:
+            found = run_backward(ctx.backend, ctx.problem, inputs, y, saved, grads, needs)
+        return _placed(found, needs)
 
 
 def run_forward(backend: str, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
     """A backend's forward pass, through the operator if anyone watches."""
-    if _unwatched(inputs):
+    if _unwatched(inputs, ()):
         return by_name(backend).forward(problem, inputs, save)
     tensors = torch.ops.fastrnn.forward.default(
         problem.cell.name, backend, *inputs, problem.reverse, problem.B, save, problem.all_states
@@ -100,7 +100,7 @@ def run_backward(
     samples: int = 1,
 ) -> list[Tensor]:
     """A backend's backward pass, through the operator if anyone watches."""
-    if _unwatched(inputs) and _unwatched((*grads, y)):
+    if _unwatched(inputs, (*grads, y)):
         with torch._C._DisableAutocast():
             return by_name(backend).backward(problem, inputs, y, saved, grads, needs, samples)
     found: list[Tensor] = torch.ops.fastrnn.backward.default(
@@ -176,23 +176,20 @@ def _recomputing(backend: Backend, every: int, problem: Problem) -> Backend:
     return backend if refusal(recompute, problem) else recompute
 
 
-def _unwatched(tensors: Iterable[Any]) -> bool:
-    """Whether a kernel may read the memory of `tensors`, among which there may be sequences of
-    tensors, as it is, and nobody watches the dispatcher."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and all(map(_is_readable, tensors))
-    )
-
-
-def _is_readable(t: Any) -> bool:
-    if t is None:
-        return True
-    if type(t) in (tuple, list):
-        return all(map(_is_readable, t))
-    return type(t) in _PLAIN and not t.is_neg()
+def _unwatched(inputs: Inputs, others: Iterable[Tensor | None]) -> bool:
+    """Whether a kernel may read the memory of all these tensors as it is, and nobody watches the
+    dispatcher."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    ):
+        return False
+    x, batch_sizes, lengths, reset, states, weights = inputs
+    for t in (x, *weights, *states, batch_sizes, lengths, reset, *others):
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+            return False
+    return True
 
 
 def _operator(

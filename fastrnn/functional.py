@@ -67,13 +67,13 @@ def stack(
         x, end, c = layer(
             cell,
             x,
-            None if hx is None else tuple(s[mine] for s in hx),
+            _of_layer(hx, mine, layers),
             weights[k],
             reverse,
             batch_sizes,
             lengths=lengths,
             reset=reset,
-            reset_states=None if reset_hx is None else tuple(s[mine] for s in reset_hx),
+            reset_states=_of_layer(reset_hx, mine, layers),
             all_states=all_states and k == layers - 1,
             recompute=recompute,
         )
@@ -83,6 +83,10 @@ def stack(
     if layers == 1:
         return x, ends[0], c
     return x, tuple(torch.cat(s) for s in zip(*ends, strict=True)), c
+
+
+def _of_layer(states: States | None, groups: slice, layers: int) -> States | None:
+    return states if states is None or layers == 1 else tuple(s[groups] for s in states)
 
 
 def layer(
