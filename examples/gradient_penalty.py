@@ -59,7 +59,8 @@ def gradient_norms(critic: Critic, sequences: Tensor) -> Tensor:
     """Of each sequence's score by the sequence, [B]; differentiable."""
     sequences = sequences.detach().requires_grad_()
     (slope,) = torch.autograd.grad(critic(sequences).sum(), sequences, create_graph=True)
-    return torch.linalg.vector_norm(slope, dim=(0, 2))
+    norms: Tensor = torch.linalg.vector_norm(slope, dim=(0, 2))
+    return norms
 
 
 def train(critic: Critic, optimizer: torch.optim.Optimizer, weight: float) -> tuple[float, float]:
