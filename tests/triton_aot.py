@@ -114,7 +114,7 @@ class Call(NamedTuple):
 def calls(limits: plan.Limits) -> Iterator[Call]:
     """Every cell and kernel, in every regime and in every kind of product."""
     sizes = {
-        (torch.bfloat16, False): ((64, 128), (64, 512), (2048, 1500)),
+        (torch.bfloat16, False): ((64, 128), (64, 256), (2048, 1500)),
         (torch.float32, False): ((64, 128),),
         (torch.float32, True): ((64, 32), (64, 256)),
     }
