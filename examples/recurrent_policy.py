@@ -63,6 +63,9 @@ class Recall:
         return reward
 
 
+Categorical: Any = torch.distributions.Categorical  # torch has no types for it
+
+
 class Rollout(NamedTuple):
     """T steps of B rows."""
 
@@ -133,20 +136,21 @@ def roll_out(policy: Policy, stream: Any, world: Recall, steps: int) -> Rollout:
     seen, begun, acted, paid = [], [], [], []
     with torch.no_grad():
         for _ in range(steps):
-            x, begins = world.see(), world.begins
-            stream.reset(begins)
-            logits, _ = policy.read(stream(x))
-            action = torch.distributions.Categorical(logits=logits).sample()
-            seen.append(x)
-            begun.append(begins)
+            now, new = world.see(), world.begins
+            stream.reset(new)
+            logits, _ = policy.read(stream(now))
+            action = Categorical(logits=logits).sample()
+            seen.append(now)
+            begun.append(new)
             acted.append(action)
             paid.append(world.act(action))
-    return Rollout(*(torch.stack(part) for part in (seen, begun, acted, paid)), hx)
+    x, begins, actions, rewards = (torch.stack(part) for part in (seen, begun, acted, paid))
+    return Rollout(x, begins, actions, rewards, hx)
 
 
 def loss_of(policy: nn.Module, rollout: Rollout, entropy_weight: float = 0.01) -> Tensor:
     logits, values = policy(rollout.x, rollout.hx, rollout.begins)
-    chosen = torch.distributions.Categorical(logits=logits)
+    chosen = Categorical(logits=logits)
     returns = rollout.returns()
     advantage = (returns - values).detach()
     policy_loss = -(advantage * chosen.log_prob(rollout.actions)).mean()
@@ -202,7 +206,7 @@ def main() -> int:
     for update in range(1, options.updates + 1):
         rollout = roll_out(policy, stream, world, options.steps)
         optimizer.zero_grad()
-        loss_of(policy, rollout).backward()
+        torch.autograd.backward(loss_of(policy, rollout))
         nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
         optimizer.step()
         paid.append(rollout.paid())
