@@ -26,13 +26,13 @@ class _Triton:
     differentiable = False
 
     def supports(self, problem: Problem) -> str | None:
+        if problem.dtype not in _DTYPES:
+            return f"no kernel for {problem.dtype}; there is one for float32, float16 and bfloat16"
         device = problem.device.type
         if device != "cuda" and not (device == "cpu" and _is_interpreter_asked_for()):
             return f"the kernels run on CUDA and HIP tensors, not on {device}"
         if device == "cpu" and problem.dtype == torch.bfloat16:
             return "Triton's interpreter rounds and multiplies bfloat16 wrongly"
-        if problem.dtype not in _DTYPES:
-            return f"no kernel for {problem.dtype}; there is one for float32, float16 and bfloat16"
         if problem.P:
             return "proj_size is not supported by the kernels"
         if problem.G > _MIXED and len(set(problem.reverse)) > 1:
