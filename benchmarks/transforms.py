@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -50,8 +50,13 @@ def gradients(module: nn.RNNBase, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss_of(module(x)[0]), list(module.parameters())))
 
 
-def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[Tensor]]]:
-    """Both return the gradients of each parameter, [MEMBERS, *parameter.shape]."""
+def by_member(stacked: Iterable[Tensor]) -> list[list[Tensor]]:
+    return [list(kind) for kind in zip(*stacked, strict=True)]
+
+
+def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[list[Tensor]]]]:
+    """Both find the gradients of each parameter for each member. Per-sample gradients are wanted
+    as one tensor; those of members may stay apart, as each may have its own optimizer."""
     T, B, I, H = case.shape
     modules = [LAYERS[cell](I, H) for _ in range(MEMBERS)]
     base = copy.deepcopy(modules[0]).to("meta")
@@ -73,12 +78,14 @@ def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[Tensor]]]:
         each = [(m, x[k] if own else x) for k, m in enumerate(modules)]
         dims = (0, 0 if own else None)
 
-    def looped() -> list[Tensor]:
+    def looped() -> list[list[Tensor]]:
         found = [gradients(module, mine) for module, mine in each]
-        return [torch.stack(kind) for kind in zip(*found, strict=True)]
+        if case.name != "samples":
+            return found
+        return by_member([torch.stack(kind) for kind in zip(*found, strict=True)])
 
     mapped = vmap(grad(loss), dims)
-    return {"loop": looped, "vmap": lambda: list(mapped(params, x).values())}
+    return {"loop": looped, "vmap": lambda: by_member(mapped(params, x).values())}
 
 
 def main() -> int:
