@@ -65,7 +65,7 @@ def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[list[Tenso
         return loss_of(functional_call(base, params, (x,))[0])
 
     if case.name == "samples":
-        x = torch.randn(B, T, I)
+        x, stacked = torch.randn(B, T, I), {}
         module = modules[0]
         params = {name: p.detach() for name, p in module.named_parameters()}
         each = [(module, sample.unsqueeze(1)) for sample in x]
@@ -74,7 +74,7 @@ def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[list[Tenso
         own = case.name == "members, own x"
         x = torch.randn(*[MEMBERS] * own, T, B, I)
         stacked, _ = stack_module_state(modules)
-        params = {name: p.detach() for name, p in stacked.items()}
+        params = {}
         each = [(m, x[k] if own else x) for k, m in enumerate(modules)]
         dims = (0, 0 if own else None)
 
@@ -84,8 +84,13 @@ def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[list[Tenso
             return found
         return by_member([torch.stack(kind) for kind in zip(*found, strict=True)])
 
-    mapped = vmap(grad(loss), dims)
-    return {"loop": looped, "vmap": lambda: by_member(mapped(params, x).values())}
+    def mapped() -> list[list[Tensor]]:
+        if case.name == "samples":
+            return by_member(vmap(grad(loss), dims)(params, x).values())
+        leaves = list(stacked.values())
+        return by_member(torch.autograd.grad(vmap(loss, dims)(stacked, x).sum(), leaves))
+
+    return {"loop": looped, "vmap": mapped}
 
 
 def main() -> int:
