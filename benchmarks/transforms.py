@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -50,8 +50,13 @@ def gradients(module: nn.RNNBase, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss_of(module(x)[0]), list(module.parameters())))
 
 
-def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[Tensor]]]:
-    """Both return the gradients of each parameter, [MEMBERS, *parameter.shape]."""
+def by_member(stacked: Iterable[Tensor]) -> list[list[Tensor]]:
+    return [list(kind) for kind in zip(*stacked, strict=True)]
+
+
+def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[list[Tensor]]]]:
+    """Both find the gradients of each parameter for each member. Per-sample gradients are wanted
+    as one tensor; those of members may stay apart, as each may have its own optimizer."""
     T, B, I, H = case.shape
     modules = [LAYERS[cell](I, H) for _ in range(MEMBERS)]
     base = copy.deepcopy(modules[0]).to("meta")
@@ -60,7 +65,7 @@ def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[Tensor]]]:
         return loss_of(functional_call(base, params, (x,))[0])
 
     if case.name == "samples":
-        x = torch.randn(B, T, I)
+        x, stacked = torch.randn(B, T, I), {}
         module = modules[0]
         params = {name: p.detach() for name, p in module.named_parameters()}
         each = [(module, sample.unsqueeze(1)) for sample in x]
@@ -69,16 +74,23 @@ def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[Tensor]]]:
         own = case.name == "members, own x"
         x = torch.randn(*[MEMBERS] * own, T, B, I)
         stacked, _ = stack_module_state(modules)
-        params = {name: p.detach() for name, p in stacked.items()}
+        params = {}
         each = [(m, x[k] if own else x) for k, m in enumerate(modules)]
         dims = (0, 0 if own else None)
 
-    def looped() -> list[Tensor]:
+    def looped() -> list[list[Tensor]]:
         found = [gradients(module, mine) for module, mine in each]
-        return [torch.stack(kind) for kind in zip(*found, strict=True)]
+        if case.name != "samples":
+            return found
+        return by_member([torch.stack(kind) for kind in zip(*found, strict=True)])
 
-    mapped = vmap(grad(loss), dims)
-    return {"loop": looped, "vmap": lambda: list(mapped(params, x).values())}
+    def mapped() -> list[list[Tensor]]:
+        if case.name == "samples":
+            return by_member(vmap(grad(loss), dims)(params, x).values())
+        leaves = list(stacked.values())
+        return by_member(torch.autograd.grad(vmap(loss, dims)(stacked, x).sum(), leaves))
+
+    return {"loop": looped, "vmap": mapped}
 
 
 def main() -> int:

@@ -172,6 +172,8 @@ def scan(
 
 def _recomputing(backend: Backend, every: int, problem: Problem) -> Backend:
     """The backend with less memory, except under transforms that only plain torch serves."""
+    if backend.differentiable and torch._C._are_functorch_transforms_active():
+        return backend
     recompute = Recompute(backend, every)
     return backend if refusal(recompute, problem) else recompute
 

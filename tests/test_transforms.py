@@ -494,14 +494,12 @@ def test_packed_sequences(backend: str) -> None:
         torch.testing.assert_close(found[name], torch.stack([e[name] for e in each]))
 
 
-@backends
 @pytest.mark.parametrize("lengths", [[[3, 5]], [[-1, 2]]])
-def test_bad_lengths_raise(backend: str, lengths: list[list[int]]) -> None:
-    if by_name(backend).differentiable:
-        pytest.skip("plain torch cannot look at values under vmap")
+def test_bad_lengths_raise(lengths: list[list[int]]) -> None:
+    """Where values are looked at at all: neither in plain torch under vmap nor on a GPU."""
     module = fastrnn.GRU(3, 5)
     x = torch.randn(1, 4, 2, 3)
-    with using(backend), pytest.raises(ValueError, match="lengths must be between 0 and 4"):
+    with using("cpu"), pytest.raises(ValueError, match="lengths must be between 0 and 4"):
         vmap(lambda x, n: module(x, lengths=n)[0])(x, torch.tensor(lengths))
 
 
@@ -590,3 +588,67 @@ def test_frozen_weights_and_modules_around() -> None:
     each = [grad(loss)(params, t) for t in tokens]
     for name in params:
         torch.testing.assert_close(found[name], torch.stack([e[name] for e in each]))
+
+
+@backends
+@pytest.mark.parametrize("around", ["vmap", "grad"])
+def test_recomputing_layers(backend: str, around: str) -> None:
+    module = fastrnn.LSTM(3, 5, bidirectional=True, recompute=2, dtype=torch.float64)
+    params = {k: v.detach() for k, v in module.named_parameters()}
+    x = torch.randn(4, 7, 2, 3, dtype=torch.float64)
+
+    def loss(params: Named, x: Tensor) -> Tensor:
+        found: Tensor = functional_call(module, params, (x,))[0].square().sum()
+        return found
+
+    def total(params: Named) -> Tensor:
+        found: Tensor = vmap(loss, (None, 0))(params, x).sum()
+        return found
+
+    with using(backend):
+        if around == "grad":
+            found = grad(total)(params)
+        else:
+            found = {k: g.sum(0) for k, g in vmap(grad(loss), (None, 0))(params, x).items()}
+    with using("reference"):
+        each = [grad(loss)(params, mine) for mine in x]
+    for name in params:
+        torch.testing.assert_close(found[name], torch.stack([e[name] for e in each]).sum(0))
+
+
+@backends
+def test_no_grad_around(backend: str) -> None:
+    """A gradient taken inside of it works, and nothing outside is tracked."""
+    module = fastrnn.GRU(3, 5)
+    params = dict(module.named_parameters())
+    x = torch.randn(4, 6, 3)
+
+    def loss(params: Named, x: Tensor) -> Tensor:
+        found: Tensor = functional_call(module, params, (x,))[0].square().sum()
+        return found
+
+    with using(backend):
+        tracked = vmap(grad(loss), (None, 0))(params, x)
+        with torch.no_grad():
+            found = vmap(grad(loss), (None, 0))(params, x)
+            y, _ = vmap(module)(x)
+    assert not y.requires_grad
+    for name in params:
+        assert tracked[name].requires_grad
+        assert not found[name].requires_grad
+        torch.testing.assert_close(found[name], tracked[name].detach())
+
+
+def test_compiled() -> None:
+    """On the reference: the compiler sees plain torch."""
+    module = fastrnn.RNN(3, 5)
+    params = {k: v.detach() for k, v in module.named_parameters()}
+    x = torch.randn(4, 6, 3)
+
+    def loss(params: Named, x: Tensor) -> Tensor:
+        found: Tensor = functional_call(module, params, (x,))[0].square().sum()
+        return found
+
+    mapped = vmap(grad(loss), (None, 0))
+    found = torch.compile(mapped, backend="aot_eager")(params, x)
+    torch.testing.assert_close(found, mapped(params, x))

@@ -32,13 +32,15 @@ class Samples(NamedTuple):
 
         `grads` are those of the input's gates and of the recurrent ones, [G, N, gates*H] each, and
         with a projection those of the states [G, N, P], then of `whole_h` [N, G*H]."""
-        I, x = problem.I, inputs.x.reshape(-1, inputs.x.shape[-1])
-        steps = _Steps.of(problem, inputs)
-        rows = steps.step * problem.B + steps.row if self.rows is None else self.rows
+        I, x, rows = problem.I, inputs.x, self.rows
+        steps: _Dense | _Steps = _Dense()
+        if rows is not None or inputs.batch_sizes is not None:
+            steps = _Steps.of(problem, inputs)
+            rows = steps.step * problem.B + steps.row if rows is None else rows
         found: list[Tensor | None] = []
         for g in range(problem.G):
             dgates_x, dgates_h, *dprojection = (d[g] for d in grads)
-            x_g = x[:, g * I : (g + 1) * I] if problem.grouped else x
+            x_g = x[..., g * I : (g + 1) * I] if problem.grouped else x
             h_before = steps.h_before(problem, inputs, y, g)
             factors = [(dgates_x, x_g), (dgates_h, h_before), (dgates_x, None), (dgates_h, None)]
             if whole_h is not None:
@@ -48,17 +50,29 @@ class Samples(NamedTuple):
                 found.append(self._product(*pair, rows) if needed and w is not None else None)
         return found
 
-    def _product(self, left: Tensor, right: Tensor | None, rows: Tensor) -> Tensor:
+    def _product(self, left: Tensor, right: Tensor | None, rows: Tensor | None) -> Tensor:
         """left^T right, or the column sums of left, over each block of rows."""
         blocks = self._blocks(left, rows)
         return blocks.sum(1) if right is None else blocks.mT @ self._blocks(right, rows)
 
-    def _blocks(self, packed: Tensor, rows: Tensor) -> Tensor:
-        """[N, W] -> [number, T*B/number, W], zero where a row of the batch has no step."""
-        batch = packed.new_zeros(self.T * self.B, packed.shape[-1])
-        batch.index_copy_(0, rows, packed)
-        blocks = batch.view(self.T, self.number, -1, packed.shape[-1])
+    def _blocks(self, packed: Tensor, rows: Tensor | None) -> Tensor:
+        """[N, W] -> [number, T*B/number, W], zero where a row of the batch has no step; without
+        `rows` it is all of the batch, [T*B, W] or [T, B, W]."""
+        batch, width = packed, packed.shape[-1]
+        if rows is not None:
+            batch = packed.new_zeros(self.T * self.B, width).index_copy_(0, rows, packed)
+        blocks = batch.reshape(self.T, self.number, self.B // self.number, width)
         return blocks.transpose(0, 1).flatten(1, 2)
+
+
+class _Dense:
+    """Every row takes part in every step: nothing has to be looked up."""
+
+    def h_before(self, problem: Problem, inputs: Inputs, y: Tensor, g: int) -> Tensor:
+        """The state [T, B, out] from which each step began."""
+        after = y.view(problem.T, problem.B, problem.G, problem.out)[:, :, g]
+        h0 = torch.zeros_like(after[:1]) if inputs.h0 is None else inputs.h0[g : g + 1]
+        return torch.cat([after[1:], h0] if problem.reverse[g] else [h0, after[:-1]])
 
 
 class _Steps(NamedTuple):
