@@ -72,6 +72,17 @@ def test_opcheck(cell: str, case: Case, backend: str) -> None:
     torch.library.opcheck(torch.ops.fastrnn.backward.default, arguments)
 
 
+@pytest.mark.parametrize("case", CASES[1:], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_with_gradients(cell: str, case: Case, backend: str) -> None:
+    """As the operator stands in an exported program."""
+    arguments = forward_arguments(cell, case, backend, True)
+    leaves = torch.utils._pytree.tree_map_only(
+        Tensor, lambda t: t.requires_grad_(t.is_floating_point()), arguments
+    )
+    torch.library.opcheck(torch.ops.fastrnn.forward.default, leaves)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_fake_kernels_tell_the_truth(cell: str, case: Case, backend: str) -> None:
