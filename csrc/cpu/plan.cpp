@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 namespace fastrnn {
 namespace {
@@ -37,7 +38,7 @@ double step_cost(const Step& step, int row_parts, int unit_parts) {
 Plan divide(const Step& step, int G, int threads) {
   Plan plan{};
   plan.threads = threads;
-  plan.group_parts = threads % G == 0 ? G : 1;
+  plan.group_parts = std::gcd(threads, G);
   const int team = threads / plan.group_parts;
   double best = std::numeric_limits<double>::infinity();
   for (int unit_parts = 1; unit_parts <= team; ++unit_parts) {

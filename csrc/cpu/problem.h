@@ -30,7 +30,7 @@ struct Sequence {
 };
 
 // One group: its own weights and its own direction of time. Two directions of a layer are two groups.
-inline constexpr int kMaxGroups = 8;
+inline constexpr int kMaxGroups = 64;
 
 struct Group {
   const void *w_ih, *w_hh, *b_ih, *b_hh;  // [gates H, I], [gates H, out], [gates H] or null

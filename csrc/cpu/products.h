@@ -167,7 +167,7 @@ struct ProductsLayout {
     // At least one panel, for the scan uses it too.
     const GroupBuffers& first = group[0];
     const int64_t columns = x.panels * x.width() + first.h.panels * first.h.width() +
-                            first.whole_h.panels * first.whole_h.width() + kMaxVectors * kLanes<A>;
+                            (args.P ? first.whole_h.panels * first.whole_h.width() : kMaxVectors * kLanes<A>);
     for (int i = 0; i < plan.threads; ++i) {
       T* const a = arena.take<T>(kTaskRows * kSpan);
       A* const s = arena.take<A>(kTaskRows);

@@ -162,7 +162,7 @@ class _Cpu:
 
     def prepare(self, problem: Problem, inputs: Inputs, outputs: Outputs) -> Callable[[], None]:
         layer, alive = _layer(problem, inputs)
-        results = _results(problem, outputs)
+        results = _results(outputs)
 
         def run(_tensors: object = (alive, outputs)) -> None:  # which it keeps alive
             _workspace.run(layer.forward, *results)
@@ -178,11 +178,9 @@ def _readable(x: Tensor) -> Tensor:
     return x.contiguous() if x.stride(-1) != 1 and x.shape[-1] > 1 else x
 
 
-def _saved(problem: Problem, saved: Sequence[Tensor]) -> tuple[int, int, int]:
-    """Addresses of gates, cells and what is projected."""
-    gates, *others = map(_address, saved) if saved else (0,)
-    cells = others.pop(0) if problem.cell.states > 1 and others else 0
-    return gates, cells, others[0] if others else 0
+def _three_addresses(saved: Sequence[Tensor]) -> list[int]:
+    """Addresses of up to three tensors, 0 for those that are missing."""
+    return [t.data_ptr() for t in saved] + [0] * (3 - len(saved))
 
 
 def _layer(problem: Problem, inputs: Inputs) -> tuple[_C.Layer, list[Tensor | None]]:
@@ -223,14 +221,20 @@ def _forward(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
     c = x.new_empty((*x.shape[:-1], G * H)) if problem.all_states and has_c else None
     outputs = Outputs(y, h_n, c_n, c, saved)
     layer, _alive = _layer(problem, inputs)
-    _workspace.run(layer.forward, *_results(problem, outputs))
+    _workspace.run(layer.forward, *_results(outputs))
     return outputs
 
 
-def _results(problem: Problem, outputs: Outputs) -> tuple[int, ...]:
+def _results(outputs: Outputs) -> tuple[int, ...]:
     """Where Layer.forward is to write."""
     y, h_n, c_n, c, saved = outputs
-    return y.data_ptr(), h_n.data_ptr(), _address(c_n), _address(c), *_saved(problem, saved)
+    return (
+        y.data_ptr(),
+        h_n.data_ptr(),
+        _address(c_n),
+        _address(c),
+        *_three_addresses(saved),
+    )
 
 
 def _backward(
@@ -250,19 +254,19 @@ def _backward(
     dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
     dh0 = x.new_empty((G, B, problem.out)) if needs[1] else None
     dc0 = x.new_empty((G, B, H)) if needs[2] else None
+    layer, (_x, _sizes, _h0, _c0, *weights) = _layer(problem, inputs)
     dweights = [
-        torch.empty(w.shape, dtype=w.dtype) if needed and together and w is not None else None
-        for w, needed in zip(inputs.weights, needs[5:], strict=True)
+        torch.empty_like(w) if needed and together and w is not None else None
+        for w, needed in zip(weights, needs[5:], strict=True)
     ]
-    apart_from: list[Tensor] = []  # of dgates_x, dgates_h and dprojection
+    factors: list[Tensor] = []  # dgates_x, dgates_h and dprojection
     if not together:
         widths = [problem.cell.gates * H] * 2 + [problem.P] * (problem.P > 0)
-        apart_from = [x.new_empty((G, y.shape[:-1].numel(), width)) for width in widths]
-    layer, _alive = _layer(problem, inputs)
+        factors = [x.new_empty((G, y.shape[:-1].numel(), width)) for width in widths]
     _workspace.run(
         layer.backward,
         y.data_ptr(),
-        *_saved(problem, saved),
+        *_three_addresses(saved),
         _address(dy),
         _address(dh_n),
         _address(dc_n),
@@ -271,11 +275,11 @@ def _backward(
         _address(dh0),
         _address(dc0),
         [_address(d) for d in dweights],
-        *(apart_from[k].data_ptr() if k < len(apart_from) else 0 for k in range(3)),
+        *((0, 0, 0) if together else _three_addresses(factors)),
     )
     if not together:
         whole_h = saved[-1] if problem.P else None
-        dweights = apart.weight_gradients(problem, inputs, y, whole_h, apart_from, needs[5:])
+        dweights = apart.weight_gradients(problem, inputs, y, whole_h, factors, needs[5:])
     return [dx, dh0, dc0, None, None, *dweights]
 
 

@@ -35,6 +35,7 @@ struct Shape {
   bool bias = true, states = true;
   Layout layout = Layout::dense;
   bool grouped = false;  // each group reads its own columns of x
+  int64_t P = 0;         // for cells with a second state
 
   int G() const { return static_cast<int>(reverse.size()); }
 };
@@ -69,6 +70,9 @@ const std::vector<Shape>& shapes() {
       {2, 3, 5, 21, {true, false}, {1, 1, 0}, true, false},
       {5, 6, 7, 18, {false, true, false}, {}, true, true, Layout::batch_first, true},
       {1, 3, 70, 9, {false, true}, {}, false, false, Layout::padded_rows, true},
+      {1, 2, 5, 21, {false, true}, {}, true, false, Layout::dense, false, 7},
+      {4, 35, 5, 70, {false}, {}, true, true, Layout::dense, false, 33},
+      {5, 6, 3, 40, {true, false}, {5, 3, 3, 1, 0, 0}, false, true, Layout::dense, true, 17},
   };
   return all;
 }
@@ -155,25 +159,27 @@ bool finite(const Buffer& buffer, Dtype dtype) {
 // What one layer call is given; the incoming gradients as well.
 class Inputs {
  public:
-  Inputs(const Shape& shape, const CellInfo& cell, Dtype dtype) : shape_(shape), dtype_(dtype) {
+  Inputs(const Shape& shape, const CellInfo& cell, Dtype dtype)
+      : shape_(shape), dtype_(dtype), P_(cell.states > 1 ? shape.P : 0) {
     seq = {shape.T, shape.B, shape.T * shape.B, nullptr, nullptr};
     if (!shape.lengths.empty()) find_steps();
     make_x();
     const double scale = 1 / std::sqrt(static_cast<double>(shape.H));
-    const int64_t rows = cell.gates * shape.H;
+    const int64_t rows = cell.gates * shape.H, out = P_ ? P_ : shape.H;
     for (bool reverse : shape.reverse) {
       const void* const w_ih = numbers(rows * shape.I, scale);
-      const void* const w_hh = numbers(rows * shape.H, scale);
+      const void* const w_hh = numbers(rows * out, scale);
       const void* const b_ih = shape.bias ? numbers(rows, scale) : nullptr;
       const void* const b_hh = shape.bias ? numbers(rows, scale) : nullptr;
-      groups.push_back({w_ih, w_hh, b_ih, b_hh, reverse});
+      const void* const w_hr = P_ ? numbers(P_ * shape.H, scale) : nullptr;
+      groups.push_back({w_ih, w_hh, b_ih, b_hh, w_hr, reverse});
     }
-    const int64_t states = shape.G() * shape.B * shape.H;
-    if (shape.states) h0 = numbers(states, 1);
-    if (shape.states && cell.states > 1) c0 = numbers(states, 1);
-    dy = numbers(seq.N * shape.G() * shape.H, 1);
-    dh_n = numbers(states, 1);
-    if (cell.states > 1) dc_n = numbers(states, 1);
+    const int64_t lead = shape.G() * shape.B;
+    if (shape.states) h0 = numbers(lead * out, 1);
+    if (shape.states && cell.states > 1) c0 = numbers(lead * shape.H, 1);
+    dy = numbers(seq.N * shape.G() * out, 1);
+    dh_n = numbers(lead * out, 1);
+    if (cell.states > 1) dc_n = numbers(lead * shape.H, 1);
     if (cell.states > 1) dc = numbers(seq.N * shape.G() * shape.H, 1);
   }
   Inputs(const Inputs&) = delete;
@@ -190,6 +196,7 @@ class Inputs {
     args.seq = seq;
     args.I = shape_.I;
     args.H = shape_.H;
+    args.P = P_;
     args.G = shape_.G();
     args.groups = groups.data();
     args.x = x;
@@ -230,6 +237,7 @@ class Inputs {
 
   const Shape& shape_;
   Dtype dtype_;
+  int64_t P_;
   std::mt19937 random_{1};
   std::vector<Buffer> buffers_;
   std::vector<int64_t> sizes_, offsets_;
@@ -263,7 +271,7 @@ struct Division {
     if (rows == 0) return plan;
     const int lanes = kernel.table.lanes[static_cast<int>(kernel.dtype)];
     plan.group_parts = 1;
-    plan.panel_vectors = 1;
+    plan.panel_vectors = plan.proj_vectors = 1;
     plan.row_parts = static_cast<int>(std::min<int64_t>(rows, args.seq.B));
     plan.unit_parts = static_cast<int>(std::min<int64_t>(units, ceil_div(args.H, lanes)));
     plan.chunk = 2;
@@ -318,14 +326,15 @@ struct Forward : Outputs {
 Forward forward(const Kernel& kernel, const Division& division, const Inputs& inputs, bool save, int fill) {
   Forward out;
   ForwardArgs& args = out.args = inputs.arguments<ForwardArgs>();
-  const int64_t states = args.G * args.seq.B * args.H, units = args.G * args.seq.N * round_up(args.H, kUnitPad);
+  const int64_t lead = args.G * args.seq.B, units = args.G * args.seq.N * round_up(args.H, kUnitPad);
   const bool has_c = kernel.cell.states > 1;
-  args.y = out.result(args.seq.N * args.G * args.H, kernel.dtype);
-  args.h_n = out.result(states, kernel.dtype);
-  args.c_n = out.result(states, kernel.dtype, has_c);
+  args.y = out.result(args.seq.N * args.G * args.out(), kernel.dtype);
+  args.h_n = out.result(lead * args.out(), kernel.dtype);
+  args.c_n = out.result(lead * args.H, kernel.dtype, has_c);
   args.c = out.result(args.seq.N * args.G * args.H, kernel.dtype, has_c);
   args.gates = out.save(units * kernel.cell.saved, kernel.dtype, save);
   args.cells = out.save(units, kernel.dtype, save && has_c);
+  args.whole_h = out.result(args.seq.N * args.G * args.H, kernel.dtype, save && args.P);
   call(kernel, division, args, fill);
   return out;
 }
@@ -335,29 +344,32 @@ Outputs backward(const Kernel& kernel, const Division& division, const Inputs& i
   Outputs out;
   BackwardArgs args = inputs.arguments<BackwardArgs>();
   const Dtype dtype = kernel.dtype;
-  const int64_t states = args.G * args.seq.B * args.H, rows = kernel.cell.gates * args.H;
+  const int64_t lead = args.G * args.seq.B, rows = kernel.cell.gates * args.H;
   args.y = before.y;
   args.gates = before.gates;
   args.cells = before.cells;
+  args.whole_h = before.whole_h;
   args.dy = wishes.dy ? inputs.dy : nullptr;
   args.dh_n = wishes.dh_n ? inputs.dh_n : nullptr;
   args.dc_n = wishes.dc_n ? inputs.dc_n : nullptr;
   args.dc = wishes.dc ? inputs.dc : nullptr;
   args.dx = out.result(args.seq.N * args.inputs() * args.I, dtype, wishes.dx);
-  args.dh0 = out.result(states, dtype, wishes.dh0);
-  args.dc0 = out.result(states, dtype, wishes.dc0 && kernel.cell.states > 1);
+  args.dh0 = out.result(lead * args.out(), dtype, wishes.dh0);
+  args.dc0 = out.result(lead * args.H, dtype, wishes.dc0 && kernel.cell.states > 1);
   std::vector<GroupGradients> gradients;
   for (int g = 0; g < args.G; ++g) {
     const bool wanted = g == 0 || !wishes.only_first_group, bias = wanted && args.groups[g].b_ih;
     void* const dw_ih = out.result(rows * args.I, dtype, wanted && wishes.dw_ih);
-    void* const dw_hh = out.result(rows * args.H, dtype, wanted && wishes.dw_hh);
+    void* const dw_hh = out.result(rows * args.out(), dtype, wanted && wishes.dw_hh);
     void* const db_ih = out.result(rows, dtype, bias && wishes.db_ih);
     void* const db_hh = out.result(rows, dtype, bias && wishes.db_hh);
-    gradients.push_back({dw_ih, dw_hh, db_ih, db_hh});
+    void* const dw_hr = out.result(args.P * args.H, dtype, wanted && wishes.dw_hh && args.P);
+    gradients.push_back({dw_ih, dw_hh, db_ih, db_hh, dw_hr});
   }
   args.gradients = gradients.data();
   args.dgates_x = out.result(args.G * args.seq.N * rows, dtype, wishes.dgates);
   args.dgates_h = out.result(args.G * args.seq.N * rows, dtype, wishes.dgates);
+  args.dprojection = out.result(args.G * args.seq.N * args.P, dtype, wishes.dgates && args.P);
   call(kernel, division, args, fill);
   return out;
 }
@@ -372,10 +384,11 @@ void compare(const Outputs& a, const Outputs& b, Dtype dtype) {
 std::string describe(const Kernel& kernel, const Shape& shape, const Division& division, const char* what) {
   static const char* const dtypes[] = {"float32", "float64", "bfloat16"};
   char text[256];
-  std::snprintf(text, sizeof text, "%s %s %s T=%ld B=%ld I=%ld H=%ld G=%d%s, %d threads (%d x %d), %s",
+  std::snprintf(text, sizeof text, "%s %s %s T=%ld B=%ld I=%ld H=%ld P=%ld G=%d%s, %d threads (%d x %d), %s",
                 kernel.table.isa, kernel.cell.name, dtypes[static_cast<int>(kernel.dtype)], static_cast<long>(shape.T),
-                static_cast<long>(shape.B), static_cast<long>(shape.I), static_cast<long>(shape.H), shape.G(),
-                shape.lengths.empty() ? "" : " packed", division.threads, division.rows, division.units, what);
+                static_cast<long>(shape.B), static_cast<long>(shape.I), static_cast<long>(shape.H),
+                static_cast<long>(shape.P), shape.G(), shape.lengths.empty() ? "" : " packed", division.threads,
+                division.rows, division.units, what);
   return text;
 }
 
