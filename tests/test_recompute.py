@@ -120,7 +120,7 @@ def test_frozen_inputs_change_no_other_gradient(missing: str, backend: str) -> N
 def test_double_backward(cell: str, backend: str) -> None:
     case = Case(5, 2, 3, 4, cuts=0.3, to=True)
     leaves, _ = as_function(cell, case, make_inputs(cell, case, torch.float64))
-    with pytest.MonkeyPatch.context() as patch, fastrnn.backend(backend):
+    with pytest.MonkeyPatch.context() as patch, using(backend):
         patch.setattr(functional, "layer", functools.partial(functional.layer, recompute=2))
         _, layer = as_function(cell, case, make_inputs(cell, case, torch.float64))
         assert torch.autograd.gradcheck(layer, leaves)

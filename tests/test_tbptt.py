@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BACKEND_NAMES, LAYERS, run_python
+from helpers import BACKEND_NAMES, LAYERS, run_python, using
 from torch import Tensor, nn
 
 import fastrnn
@@ -132,7 +132,7 @@ def test_norms_of_a_linear_network_are_powers(backend: str) -> None:
     with torch.no_grad():
         layer.weight_hh_l0.copy_(0.9 * torch.eye(4))
         layer.weight_ih_l0.fill_(1)
-    with fastrnn.backend(backend):
+    with using(backend):
         found = fastrnn.diagnose(layer, torch.ones(30, 3, 1, dtype=torch.float64))
     expected = 0.9 ** found.lags.double()
     torch.testing.assert_close(found.norms["h"][0], expected)
