@@ -64,8 +64,10 @@ def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[list[Tenso
     def loss(params: Params, x: Tensor) -> Tensor:
         return loss_of(functional_call(base, params, (x,))[0])
 
+    params: Params = {}
+    stacked: Params = {}
     if case.name == "samples":
-        x, stacked = torch.randn(B, T, I), {}
+        x = torch.randn(B, T, I)
         module = modules[0]
         params = {name: p.detach() for name, p in module.named_parameters()}
         each = [(module, sample.unsqueeze(1)) for sample in x]
@@ -74,7 +76,6 @@ def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[list[Tenso
         own = case.name == "members, own x"
         x = torch.randn(*[MEMBERS] * own, T, B, I)
         stacked, _ = stack_module_state(modules)
-        params = {}
         each = [(m, x[k] if own else x) for k, m in enumerate(modules)]
         dims = (0, 0 if own else None)
 
