@@ -11,6 +11,7 @@ Without torchrun it is one process, and gives the same losses, as the gradients 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import time
 
@@ -93,10 +94,10 @@ def main() -> None:
     for name, value in single.items():
         os.environ.setdefault(name, value)
     dist.init_process_group("gloo")
-    try:
-        train(arguments)
-    finally:
-        dist.destroy_process_group()
+    train(arguments)
+    dist.barrier()  # nobody leaves while another still talks
+    gc.collect()  # FSDP's cycles hold the group, whose threads must end before the interpreter does
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fastrnn
 
 layers = pytest.mark.parametrize(("torch_kind", "kind", "options"), LAYERS)
+# torch takes sizes that are equal in the first call to be equal always: here they all differ.
 I, H = 4, 6
-# Sizes that torch finds equal in the first call must stay so: T, B and those of the layer differ.
 HOWS = ["plain", "hx", "lengths", "reset", "reset_hx", "all"]
 
 

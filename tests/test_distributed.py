@@ -3,6 +3,7 @@ checkpointing. Lightning."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -146,6 +147,8 @@ def process(rank: int, folder: str) -> None:
     )
     found = {(way.__name__, cell): way(cell, rank) for way in WAYS for cell in CELLS}
     torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()  # nobody leaves while the other still talks
+    gc.collect()  # FSDP's cycles hold the group, whose threads must end before the interpreter does
     dist.destroy_process_group()
 
 
