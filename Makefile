@@ -15,8 +15,9 @@ PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check $(PIP_EXTRA) -c constraints.txt
 TORCH := torch==2.13.0
 
-SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
-CXX_FILES := $(filter-out setup.py,$(SOURCES)) $(wildcard tests/sanitize/*.cpp tests/sanitize/*.h)
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX_FILES := $(filter-out setup.py,$(SOURCES)) $(wildcard tests/sanitize/*.cpp tests/sanitize/*.h \
+	tests/emulation/*.cpp tests/emulation/*.h)
 
 .PHONY: demo test bench lint sanitize build clean
 .DELETE_ON_ERROR:
@@ -57,7 +58,7 @@ $(VENV)/stamp-tools: constraints.txt
 
 # The build comes before the installation, which hides what it does and then finds it done.
 $(VENV)/stamp-build: $(VENV)/stamp-tools $(SOURCES)
-	@echo "== building fastrnn._C"
+	@echo "== building fastrnn._C, and fastrnn._cuda where nvcc is found"
 	$(PY) setup.py build_ext --inplace
 	@touch $@
 

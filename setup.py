@@ -1,7 +1,9 @@
-"""Builds fastrnn._C: the CPU kernels once per instruction set, all else once, in one library.
+"""Builds fastrnn._C: the CPU kernels once per instruction set, all else once, in one library; and,
+where nvcc is found, fastrnn._cuda: the CUDA kernels once per precision, for all architectures.
 
 Ninja does the work, so that a second build compiles only what changed. CXX, CXXFLAGS, LDFLAGS and
-MAX_JOBS are honoured.
+MAX_JOBS are honoured. FASTRNN_CUDA=0 leaves fastrnn._cuda out and FASTRNN_CUDA=1 insists on it;
+NVCC names the compiler, FASTRNN_CUDA_ARCHS the architectures.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 KERNELS = "csrc/cpu/kernels.cpp"
+CUDA_KERNELS = "csrc/cuda/kernels.cu"
+CUDA_PRECISIONS = ["F32", "Tf32", "Bf16", "F16"]
+# Code for 8.0 also runs on 8.6 and 8.9, for 10.0 on 10.3, for 12.0 on 12.1.
+CUDA_ARCHS = "80 90a 100 120"
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
 
 LANGUAGE = shlex.split("-std=c++17 -O3 -fopenmp -fPIC -fvisibility=hidden")
@@ -93,6 +99,58 @@ def compile_units(sets: dict[str, list[str]], sources: list[str]) -> list[Unit]:
     return units
 
 
+def find_nvcc() -> str | None:
+    """The CUDA compiler, or None if this build goes without it."""
+    asked = os.environ.get("FASTRNN_CUDA", "")
+    if asked not in {"", "0", "1"}:
+        raise SystemExit(f"FASTRNN_CUDA must be 0 or 1, not {asked!r}")
+    if asked == "0":
+        return None
+    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    if nvcc is None and asked == "1":
+        raise SystemExit("FASTRNN_CUDA=1 needs nvcc: install the CUDA toolkit, or set NVCC")
+    return nvcc
+
+
+def cuda_ninja_text(compiler: list[str], nvcc: str, sources: list[str], target: str) -> str:
+    """Plain C++ by the host's compiler, *.cu and the link, which brings cudart, by nvcc."""
+    archs = os.environ.get("FASTRNN_CUDA_ARCHS", CUDA_ARCHS).split()
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    host = [compiler[0], "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    cuda = [nvcc, "-ccbin", *host, *shlex.split("-std=c++17 -O3 -Icsrc -Xptxas=-v"), *code]
+    plain = [*compiler, *shlex.split("-std=c++17 -O2 -fPIC -fvisibility=hidden -Icsrc -MMD")]
+    python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    folder = Path(target).parent.as_posix()
+    lines = [
+        f"builddir = {folder}/cuda",
+        "rule cpp",
+        f"  command = {shlex.join([*plain, *python])} -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule cu",  # the log keeps ptxas' report of registers and spills for the tests
+        f"  command = {shlex.join(cuda)} -MD -MF $out.d $flags -c $in -o $out 2> $out.log"
+        " || { cat $out.log; exit 1; }",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        f"  command = {shlex.join([nvcc, '-ccbin', compiler[0], *code])} -shared -cudart static"
+        " $in -o $out",
+        "  description = link $out",
+    ]
+    objects = []
+    for source in sources:
+        variants = CUDA_PRECISIONS if source == CUDA_KERNELS else [""]
+        for variant in variants:
+            name = f"{folder}/cuda/{Path(source).stem}{variant and '.' + variant}.o"
+            objects.append(name)
+            lines.append(f"build {name}: {Path(source).suffix[1:]} {source}")
+            lines += [f"  flags = -DFASTRNN_PRECISION={variant}"] * bool(variant)
+    lines.append(f"build {target}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
 def ninja_text(compiler: list[str], units: list[Unit], target: str, kind: list[str]) -> str:
     def words(*lists: list[str]) -> str:
         return shlex.join([word for words in lists for word in words]).replace("$", "$$")
@@ -123,11 +181,11 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools is untyped
         compiler = find_compiler()
         suffix = str(sysconfig.get_config_var("EXT_SUFFIX"))
         # Not under self.build_temp: an editable install throws that away, and every object in it.
-        library = Path("build", f"ninja{suffix.removesuffix('.so')}", f"_C{suffix}")
+        stem = ext.name.rpartition(".")[2]
+        library = Path("build", f"ninja{suffix.removesuffix('.so')}", f"{stem}{suffix}")
         (ROOT / library).parent.mkdir(parents=True, exist_ok=True)
-        units = compile_units(instruction_sets(compiler), sorted(ext.sources))
-        script = library.with_name("build.ninja")
-        (ROOT / script).write_text(ninja_text(compiler, units, library.as_posix(), ["-shared"]))
+        script = library.with_name(f"{stem}.ninja")
+        (ROOT / script).write_text(self.ninja_text(ext, compiler, library.as_posix()))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         ninja = [sys.executable, "-m", "ninja", "-f", str(script), *jobs]
         subprocess.run(ninja, cwd=ROOT, check=True)
@@ -135,19 +193,33 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools is untyped
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / library, target)
 
+    def ninja_text(self, ext: Extension, compiler: list[str], target: str) -> str:
+        sources = sorted(ext.sources)
+        if ext.name != "fastrnn._cuda":
+            units = compile_units(instruction_sets(compiler), sources)
+            return ninja_text(compiler, units, target, ["-shared"])
+        nvcc = find_nvcc()
+        assert nvcc is not None
+        return cuda_ninja_text(compiler, nvcc, sources, target)
+
 
 def files(pattern: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
 
 
+def extensions() -> list[Extension]:
+    headers = files("csrc/**/*.h")
+    cpu = [*files("csrc/*.cpp"), *files("csrc/cpu/*.cpp")]
+    found = [Extension("fastrnn._C", sources=cpu, depends=headers)]
+    if find_nvcc() is None:
+        print("fastrnn: CUDA left out: no nvcc, or FASTRNN_CUDA=0", flush=True)
+        return found
+    cuda = [*files("csrc/cuda/*.cpp"), *files("csrc/cuda/*.cu")]
+    return [*found, Extension("fastrnn._cuda", sources=cuda, depends=headers)]
+
+
 if __name__ == "__main__":
     setup(
-        ext_modules=[
-            Extension(
-                "fastrnn._C",
-                sources=[*files("csrc/*.cpp"), *files("csrc/cpu/*.cpp")],
-                depends=files("csrc/**/*.h"),
-            )
-        ],
+        ext_modules=extensions(),
         cmdclass={"build_ext": NinjaBuild},
     )

@@ -107,6 +107,7 @@ class _Recorder:
 
     name = "onnx"
     differentiable = False
+    on_request: str | None = None
 
     def supports(self, problem: Problem) -> str | None:
         return None

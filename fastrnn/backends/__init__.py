@@ -26,6 +26,7 @@ from .base import (
     check_lengths,
 )
 from .cpu import CPU
+from .cuda import CUDA
 from .recompute import MARK, Recompute
 from .reference import REFERENCE
 from .triton import TRITON
@@ -50,7 +51,7 @@ __all__ = [
     "refusal",
 ]
 
-BACKENDS: list[Backend] = [CPU, TRITON, REFERENCE]
+BACKENDS: list[Backend] = [CPU, CUDA, TRITON, REFERENCE]
 
 
 def by_name(name: str) -> Backend:
@@ -109,7 +110,10 @@ def refusal(candidate: Backend, problem: Problem) -> str | None:
             return "forward-mode differentiation is active, and the kernels have none"
         if torch._C._get_tracing_state() is not None:
             return "torch.jit.trace is recording, and cannot record the kernels"
-    return candidate.supports(problem)
+    reason = candidate.supports(problem)
+    if reason is None and _asked() != candidate.name:
+        return candidate.on_request
+    return reason
 
 
 def _transforms_refusal() -> str | None:

@@ -13,6 +13,11 @@ from ..cells import Cell
 Weights = Sequence[Tensor | None]
 SavedShape = tuple[tuple[int, ...], torch.dtype]
 
+# Why a backend is not chosen by itself, for `Backend.on_request`.
+UNVALIDATED = (
+    "its kernels have not been validated on a GPU yet, so it serves only when asked for by name"
+)
+
 
 class Problem(NamedTuple):
     """What a backend needs to know to accept or refuse one layer call."""
@@ -121,6 +126,7 @@ class Backend(Protocol):
 
     name: str
     differentiable: bool  # forward() is plain torch, seen through by autograd: no backward()
+    on_request: str | None  # why it serves only when asked for by name; None where it always may
 
     def supports(self, problem: Problem) -> str | None:
         """None, or the reason why this backend does not serve the problem."""

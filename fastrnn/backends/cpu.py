@@ -78,6 +78,7 @@ class _Cpu:
 
     name = "cpu"
     differentiable = False
+    on_request: str | None = None
 
     def supports(self, problem: Problem) -> str | None:
         if _MISSING is not None:

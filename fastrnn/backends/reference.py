@@ -100,6 +100,7 @@ class Reference:
 
     name = "reference"
     differentiable = True
+    on_request: str | None = None
 
     def supports(self, problem: Problem) -> str | None:
         return None

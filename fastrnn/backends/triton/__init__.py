@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..base import Grads, Inputs, Outputs, Problem, SavedShape
+from ..base import UNVALIDATED, Grads, Inputs, Outputs, Problem, SavedShape
 from .plan import saved_shapes
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,6 +24,7 @@ class _Triton:
 
     name = "triton"
     differentiable = False
+    on_request: str | None = UNVALIDATED
 
     def supports(self, problem: Problem) -> str | None:
         if problem.dtype not in _DTYPES:

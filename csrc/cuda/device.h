@@ -1,0 +1,112 @@
+// The few things of the hardware that the kernels name. Where no CUDA compiler reads this, an emulation of them that
+// runs a grid's threads as fibers takes their place (tests/emulation/emulated_device.h), with the same kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace fastrnn::cuda {
+
+struct alignas(16) Vector {
+  uint32_t word[4];
+};
+
+}  // namespace fastrnn::cuda
+
+#if !defined(__CUDACC__)
+
+#include "emulated_device.h"
+#define FASTRNN_DEVICE inline
+
+#else
+
+#define FASTRNN_DEVICE __device__ __forceinline__
+
+namespace fastrnn::cuda {
+
+FASTRNN_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+FASTRNN_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+FASTRNN_DEVICE void block_barrier() { __syncthreads(); }
+FASTRNN_DEVICE void warp_barrier() { __syncwarp(); }
+// The same value, of which the compiler does not know that.
+FASTRNN_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+FASTRNN_DEVICE char* shared_memory() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
+FASTRNN_DEVICE float divide(float a, float b) { return __fdividef(a, b); }
+FASTRNN_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+FASTRNN_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
+FASTRNN_DEVICE uint32_t to_bits(float value) { return __float_as_uint(value); }
+
+FASTRNN_DEVICE uint16_t round_bf16(float value) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+FASTRNN_DEVICE uint16_t round_f16(float value) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+FASTRNN_DEVICE float widen_f16(uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+FASTRNN_DEVICE float round_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return __uint_as_float(bits);
+}
+
+// From L2, past L1: what other blocks wrote in this launch.
+FASTRNN_DEVICE Vector load_from_l2(const Vector* address) {
+  Vector v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(__cvta_generic_to_global(address)));
+  return v;
+}
+FASTRNN_DEVICE uint32_t load_acquire(const uint32_t* flag) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(flag)) : "memory");
+  return value;
+}
+FASTRNN_DEVICE void store_release(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(flag)), "r"(value) : "memory");
+}
+FASTRNN_DEVICE void store_for_host(uint32_t* word, uint32_t value) {
+  *static_cast<volatile uint32_t*>(word) = value;
+  __threadfence_system();
+}
+
+// D += A B for one 16 x 8 tile; a: rows r and r + 8 by turns, then the same of the second half of k.
+FASTRNN_DEVICE void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+FASTRNN_DEVICE void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                            uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+FASTRNN_DEVICE void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                             uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+}  // namespace fastrnn::cuda
+
+#endif

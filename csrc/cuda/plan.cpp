@@ -1,0 +1,90 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+
+namespace fastrnn::cuda {
+namespace {
+
+// Microseconds, and bytes a microsecond and multiprocessor; estimates, to be replaced by benchmarks/handoff.cu's.
+constexpr double kHandOff = 1.0, kSharedRate = 200e3, kL2Rate = 40e3;
+
+Sizes sizes_of(const Request& r) {
+  const int bytes = element_bytes(r.precision);
+  return r.backward ? make_sizes(r.H, bytes, r.cell.gates, 1) : make_sizes(r.H, bytes, 1, r.cell.gates);
+}
+
+// Time of one step; the passes of a replica hide each other's hand-off, but for the last.
+double cost(const Request& r, const Sizes& sizes, const Plan& plan, int64_t passes) {
+  const Tiling& t = plan.tiling;
+  const double chunk = static_cast<double>(t.unit_tiles * sizes.weight_vectors() * kVectorBytes);
+  const double near = chunk * t.resident_chunks;
+  const double far = chunk * static_cast<double>(sizes.chunks() - t.resident_chunks);
+  const double operand = static_cast<double>(t.batch_tiles * sizes.operand_vectors() * kVectorBytes);
+  const double pass = near / kSharedRate + (far + operand) / kL2Rate;
+  const auto launches = static_cast<double>(ceil_div(r.G, plan.groups));
+  return launches * (kHandOff + static_cast<double>(ceil_div(passes, t.replicas)) * pass);
+}
+
+std::optional<Plan> grid_plan(const Request& r, const Limits& limits, int unit_tiles, int batch_tiles) {
+  const Sizes sizes = sizes_of(r);
+  const int64_t slices = ceil_div(sizes.tiles(), unit_tiles);
+  if (slices > limits.multiprocessors) return std::nullopt;
+  Plan plan{};
+  plan.tier = Tier::grid;
+  Tiling& t = plan.tiling;
+  t.slices = static_cast<int>(slices);
+  t.unit_tiles = unit_tiles;
+  t.batch_tiles = batch_tiles;
+  const int64_t passes = ceil_div(r.B, int64_t{batch_tiles} * kTileRows);
+  plan.groups = std::min(r.G, limits.multiprocessors / t.slices);
+  t.replicas = static_cast<int>(std::min<int64_t>(passes, limits.multiprocessors / (plan.groups * t.slices)));
+  const int64_t fixed = make_layout(sizes, t, 0).bytes;
+  if (fixed > limits.shared_bytes) return std::nullopt;
+  const int64_t chunk_bytes = unit_tiles * sizes.weight_vectors() * kVectorBytes;
+  const int64_t resident = std::min(sizes.chunks(), (limits.shared_bytes - fixed) / chunk_bytes);
+  t.resident_chunks = static_cast<int>(resident);
+  plan.shared_bytes = make_layout(sizes, t, 0).bytes;
+  plan.weight_bytes = plan.blocks(plan.groups) * (sizes.chunks() - resident) * chunk_bytes;
+  const int64_t tiles = int64_t{r.G} * passes * batch_tiles;
+  plan.operand_bytes = 2 * tiles * sizes.operand_vectors() * kVectorBytes;
+  const int values = r.backward ? 2 * r.cell.states : r.cell.states;
+  plan.slot_bytes = passes > t.replicas ? tiles * sizes.tiles() * values * 4 * 32 * 4 : 0;
+  plan.flag_words = tiles * sizes.tiles();
+  return plan;
+}
+
+std::string beyond(const char* what, int64_t value, int64_t most) {
+  return std::string(what) + " is " + std::to_string(value) + ", and the kernels take at most " + std::to_string(most);
+}
+
+}  // namespace
+
+std::variant<Plan, std::string> make_plan(const Request& r, const Limits& limits) {
+  if (limits.capability < 80) return "the kernels need compute capability 8.0 or later";
+  if (r.T < 1 || r.B < 1 || r.H < 1 || r.G < 1) return "T, B, H and the number of groups must be positive";
+  if (r.G > kMaxGroups) return beyond("the number of groups", r.G, kMaxGroups);
+  // Flags count steps in 32 bits.
+  if (r.T > std::numeric_limits<int32_t>::max()) return beyond("T", r.T, std::numeric_limits<int32_t>::max());
+  const int64_t widest = int64_t{limits.multiprocessors} * kWarps * kTileUnits / kUnitPad * kUnitPad;
+  if (r.H > widest) return beyond("the hidden size on this device", r.H, widest);
+  std::optional<Plan> best;
+  double least = std::numeric_limits<double>::infinity();
+  for (int unit_tiles = 1; unit_tiles <= kWarps; unit_tiles *= 2) {
+    for (int batch_tiles = 1; batch_tiles <= 4 && unit_tiles * batch_tiles <= kWarps; batch_tiles *= 2) {
+      const std::optional<Plan> plan = grid_plan(r, limits, unit_tiles, batch_tiles);
+      if (!plan) continue;
+      const double time = cost(r, sizes_of(r), *plan, ceil_div(r.B, int64_t{batch_tiles} * kTileRows));
+      if (time >= least) continue;
+      least = time;
+      best = plan;
+    }
+  }
+  if (!best) {
+    return "a block's shared memory of " + std::to_string(limits.shared_bytes) + " bytes is too little for the kernels";
+  }
+  return *best;
+}
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,114 @@
+// Number formats: what tensors hold, what the products take, and how one chunk of a product is done.
+//
+// A chunk is 64 bytes of every row of an operand, four vectors of 16 bytes. The sum over k may take any order as long
+// as both factors take the same, so a lane of a tensor-core tile reads 16 consecutive bytes of its row, which are its
+// registers of two multiplications: vector q of a row belongs to the lanes with lane % 4 == q, and memory is ordered by
+// lane. Fragments: PTX ISA, mma.m16n8k16 and m16n8k8.
+//
+// The accumulator of a tile holds, for lane = 4 r + q: (row r, column 2q), (r, 2q + 1), (r + 8, 2q), (r + 8, 2q + 1).
+#pragma once
+
+#include "args.h"
+#include "device.h"
+
+namespace fastrnn::cuda {
+
+// Where vector `quarter` of row `row` (0..7) lies among the 32 of a chunk, tensor-core order.
+struct LaneOrder {
+  static FASTRNN_HD int place(int row, int quarter) { return row * 4 + quarter; }
+};
+
+template <void (*mma)(float (&)[4], uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t)>
+struct TensorCore : LaneOrder {
+  static constexpr int unroll = 2;  // chunks whose loads are in flight together
+
+  // acc[tile][n] += (16 rows of weights) x (8 rows of the operand), over one chunk.
+  // weights(i) is vector i of [gate tile, half, 32]; operand(n, i) is vector i of batch tile n.
+  template <int tiles, int batch, class Weights, class Operand>
+  static FASTRNN_DEVICE void multiply(float (&acc)[tiles][batch][4], int lane, Weights weights, Operand operand) {
+    Vector b[batch];
+#pragma unroll
+    for (int n = 0; n < batch; ++n) b[n] = operand(n, lane);
+#pragma unroll
+    for (int k = 0; k < tiles; ++k) {
+      const Vector low = weights((2 * k) * kChunkVectors + lane), high = weights((2 * k + 1) * kChunkVectors + lane);
+#pragma unroll
+      for (int n = 0; n < batch; ++n) {
+        mma(acc[k][n], low.word[0], high.word[0], low.word[1], high.word[1], b[n].word[0], b[n].word[1]);
+        mma(acc[k][n], low.word[2], high.word[2], low.word[3], high.word[3], b[n].word[2], b[n].word[3]);
+      }
+    }
+  }
+};
+
+struct Bf16 : TensorCore<mma_bf16> {
+  struct Value {
+    uint16_t bits;
+  };
+  using Operand = Value;
+  static FASTRNN_DEVICE float widen(Value v) { return from_bits(uint32_t{v.bits} << 16); }
+  static FASTRNN_DEVICE Value round(float v) { return {round_bf16(v)}; }
+  static FASTRNN_DEVICE Operand operand(float v) { return round(v); }
+};
+
+struct F16 : TensorCore<mma_f16> {
+  struct Value {
+    uint16_t bits;
+  };
+  using Operand = Value;
+  static FASTRNN_DEVICE float widen(Value v) { return widen_f16(v.bits); }
+  static FASTRNN_DEVICE Value round(float v) { return {round_f16(v)}; }
+  static FASTRNN_DEVICE Operand operand(float v) { return round(v); }
+};
+
+struct Tf32 : TensorCore<mma_tf32> {
+  using Value = float;
+  using Operand = float;
+  static FASTRNN_DEVICE float widen(Value v) { return v; }
+  static FASTRNN_DEVICE Value round(float v) { return v; }
+  static FASTRNN_DEVICE Operand operand(float v) { return round_tf32(v); }
+};
+
+// True float32, by FFMA with the tensor cores' ownership of sums: the lanes of one quarter share their vectors.
+struct F32 {
+  using Value = float;
+  using Operand = float;
+  static constexpr int unroll = 1;
+
+  static FASTRNN_HD int place(int row, int quarter) { return quarter * 8 + row; }
+  static FASTRNN_DEVICE float widen(Value v) { return v; }
+  static FASTRNN_DEVICE Value round(float v) { return v; }
+  static FASTRNN_DEVICE Operand operand(float v) { return v; }
+
+  template <int tiles, int batch, class Weights, class Operands>
+  static FASTRNN_DEVICE void multiply(float (&acc)[tiles][batch][4], int lane, Weights weights, Operands operand) {
+    const int r = lane / 4, q = lane % 4;
+#pragma unroll 1
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      Vector b[batch][2];
+#pragma unroll
+      for (int n = 0; n < batch; ++n) {
+        b[n][0] = operand(n, place(2 * q, quarter));
+        b[n][1] = operand(n, place(2 * q + 1, quarter));
+      }
+#pragma unroll
+      for (int k = 0; k < tiles; ++k) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const Vector a = weights((2 * k + half) * kChunkVectors + place(r, quarter));
+#pragma unroll
+          for (int n = 0; n < batch; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              float &first = acc[k][n][2 * half], &second = acc[k][n][2 * half + 1];
+              first = multiply_add(from_bits(a.word[i]), from_bits(b[n][0].word[i]), first);
+              second = multiply_add(from_bits(a.word[i]), from_bits(b[n][1].word[i]), second);
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fastrnn::cuda
