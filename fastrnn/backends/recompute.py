@@ -33,7 +33,7 @@ class Recompute:
     def __init__(self, inner: Backend, every: int) -> None:
         self.name = f"{inner.name}{MARK}{every}"
         self.inner, self.every = inner, every
-        self.on_request = inner.on_request
+        self.on_request: str | None = None  # whether `inner` may serve was asked before
 
     def supports(self, problem: Problem) -> str | None:
         return self.inner.supports(problem)
