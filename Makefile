@@ -1,11 +1,12 @@
 # Every target sets up what it needs, on a machine with Python >= 3.10 and a C++17 compiler:
 #   make demo | test | bench | lint | sanitize | clean
-# PYTHON chooses the interpreter, PIP_EXTRA adds options to pip, PYTEST_ARGS and DEMO_ARGS and
-# BENCH_ARGS go to what they name.
+# PYTHON chooses the interpreter, PIP_EXTRA adds options to pip, TEST_JOBS is the number of test
+# processes, PYTEST_ARGS and DEMO_ARGS and BENCH_ARGS go to what they name.
 
 PYTHON ?= python3
 PIP_EXTRA ?=
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -26,7 +27,7 @@ demo: build $(VENV)/stamp-demo
 	$(PY) examples/char_lm.py $(DEMO_ARGS)
 
 test: build $(VENV)/stamp-dev
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 bench: build $(VENV)/stamp-bench
 	$(PY) -m pytest benchmarks $(PYTEST_ARGS)
