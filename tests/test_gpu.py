@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    BACKEND_NAMES,
+    GPU_BACKENDS,
     Case,
     Inputs,
     Named,
@@ -28,7 +28,6 @@ from torch import Tensor
 
 import fastrnn
 from fastrnn import functional
-from fastrnn.backends import by_name
 from fastrnn.cells import CELLS
 
 pytestmark = [
@@ -36,9 +35,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
 ]
-BACKENDS = [
-    name for name in BACKEND_NAMES if name != "cpu" and not by_name(name).differentiable
-]  # the reference serves every device, and is what they are measured by
 DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -69,7 +65,7 @@ CASES = [
     Case(5, 4, 6, 17, grouped=True, reverse=(False, True, False)),
     Case(5, 4, 6, 200, grouped=True, reverse=(False,) * 3),
 ]
-on_each = pytest.mark.parametrize("backend", BACKENDS)
+on_each = pytest.mark.parametrize("backend", GPU_BACKENDS)
 of_each_cell = pytest.mark.parametrize("cell", CELLS)
 
 
