@@ -15,6 +15,7 @@ struct BackwardLayout {
   struct GroupBuffers {
     Panels<T> hh, hr;          // W_hh and W_hr by columns
     T* dgates[2];              // [B, depth] of the step after, in turn: the GEMM's A
+    T* dh;                     // [B, products.proj_depth] of the projected states: likewise
     A* dstates[Cell::states];  // [blocks, B, kUnitPad] passed back past W_hh
     T* h0;                     // [B, Op] initial states, zeros where none were given
     A* c0;                     // [blocks, B, kUnitPad]
@@ -23,7 +24,7 @@ struct BackwardLayout {
   struct Row {
     Strided<const A> gates, c_before;
     const T *h_before, *dy, *dc;
-    T *dgates, *dgates_x, *dgates_h, *dh;
+    T *dgates, *dgates_x, *dgates_h, *dh, *dprojection;
     Strided<A> dstates[Cell::states];
   };
 
@@ -40,6 +41,7 @@ struct BackwardLayout {
       buffers.hr = panels(args.H, plan.panel_vectors, products.proj_depth, args.P > 0);
       const int64_t rows = args.seq.B + kRowPad<T> * plan.row_parts;
       for (T*& d : buffers.dgates) d = arena_.template take<T>(rows * depth);
+      buffers.dh = arena_.template take<T>(args.P ? rows * products.proj_depth : 0);
       for (int k = 0; k < Cell::states; ++k) buffers.dstates[k] = arena_.template take<A>(args.seq.B * (k ? Hp : Op));
       buffers.h0 = arena_.template take<T>(args.seq.B * Op);
       buffers.c0 = Cell::states > 1 ? arena_.template take<A>(args.seq.B * Hp) : nullptr;
@@ -99,7 +101,7 @@ class BackwardScan {
         dc0_(group_matrix<T>(args.dc0, g, seq_.B, args.H)),
         dgates_x_(layout.products.group[g].dgates_x),
         dgates_h_(layout.products.group[g].dgates_h),
-        dh_(layout.products.group[g].dprojection),
+        dprojection_(layout.products.group[g].dprojection),
         y_(group_columns<T>(args.y, g, out_)),
         dy_(group_columns<T>(args.dy, g, out_)),
         dc_(group_columns<T>(args.dc, g, args.H)),
@@ -208,7 +210,7 @@ class BackwardScan {
     for_each_state(s, rows, before,
                    [&](const Row* r, int n, int64_t p, int64_t stride) { add_output_gradient(r, n, p, stride); });
     share_.sync();
-    for_each_run(buffers_.hr, dh_ + (seq_.offset(t) + share_.row(0)) * buffers_.hr.depth, rows, s,
+    for_each_run(buffers_.hr, buffers_.dh + share_.row(0) * buffers_.hr.depth, rows, s,
                  [&](int64_t j0, int n, int64_t p) { apply_cell(rows_ + j0, n, p, buffers_.hr.width()); });
   }
 
@@ -220,7 +222,8 @@ class BackwardScan {
     r.dgates = buffers_.dgates[s & 1] + b * layout_.depth;
     r.dgates_x = dgates_x_ + n * layout_.depth;
     r.dgates_h = dgates_h_ + n * layout_.depth;
-    r.dh = args_.P ? dh_ + n * buffers_.hr.depth : nullptr;
+    r.dh = args_.P ? buffers_.dh + b * buffers_.hr.depth : nullptr;
+    r.dprojection = dprojection_ + n * buffers_.hr.depth;
     for (int k = 0; k < Cell::states; ++k) r.dstates[k] = strided_row(buffers_.dstates[k], seq_.B, b, 1);
     const int64_t rows_before = seq_.active_or_none(before);
     const bool initial = b >= rows_before;
@@ -247,10 +250,14 @@ class BackwardScan {
         if (rows[r].dy) dh += load_first(rows[r].dy + u, args_.P - u);
         store(waiting, V{});
         store(rows[r].dh + u, dh);
+        store(rows[r].dprojection + u, dh);
       }
     }
     if (p + 1 < buffers_.hh.count) return;
-    for (int r = 0; r < n; ++r) clear(rows[r].dh, round_up(args_.P, lanes), buffers_.hr.depth);
+    for (int r = 0; r < n; ++r) {
+      clear(rows[r].dh, round_up(args_.P, lanes), buffers_.hr.depth);
+      clear(rows[r].dprojection, round_up(args_.P, lanes), buffers_.hr.depth);
+    }
   }
 
   // Row r of the run takes what lies r * stride into the stage.
@@ -340,7 +347,7 @@ class BackwardScan {
   Range units_, out_units_;
   const A *gates_, *cells_;
   const T *h0_, *c0_, *dh_n_, *dc_n_;
-  T *dh0_, *dc0_, *dgates_x_, *dgates_h_, *dh_;
+  T *dh0_, *dc0_, *dgates_x_, *dgates_h_, *dprojection_;
   const T *y_, *dy_, *dc_;
   A* stage_;
 };
