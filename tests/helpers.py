@@ -37,8 +37,8 @@ STEPS = [
     pytest.param(nn.RNNCell, fastrnn.RNNCell, {"nonlinearity": "relu"}, id="rnn_relu"),
 ]
 KINKED = {"rnn_relu"}  # cells whose derivative jumps where the new state becomes 0
-# Without a GPU these run in an interpreter, or on an emulated device, which takes too long for every
-# test: test_triton.py and test_cuda_emulated.py have what they are put through there.
+# Without a GPU these run in an interpreter, or on an emulated device, which takes too long for
+# every test: test_triton.py and test_cuda_emulated.py have what they are put through there.
 GPU_BACKENDS = ("cuda", "triton")
 BACKEND_NAMES = [b.name for b in BACKENDS if b.name not in GPU_BACKENDS]
 TORCH_LAYERS: dict[str, Callable[..., nn.RNNBase]] = {
