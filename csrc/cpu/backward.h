@@ -223,7 +223,7 @@ class BackwardScan {
     r.dgates_x = dgates_x_ + n * layout_.depth;
     r.dgates_h = dgates_h_ + n * layout_.depth;
     r.dh = args_.P ? buffers_.dh + b * buffers_.hr.depth : nullptr;
-    r.dprojection = dprojection_ + n * buffers_.hr.depth;
+    r.dprojection = args_.P ? dprojection_ + n * buffers_.hr.depth : nullptr;
     for (int k = 0; k < Cell::states; ++k) r.dstates[k] = strided_row(buffers_.dstates[k], seq_.B, b, 1);
     const int64_t rows_before = seq_.active_or_none(before);
     const bool initial = b >= rows_before;
