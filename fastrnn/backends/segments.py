@@ -117,15 +117,16 @@ class Segments(NamedTuple):
         [G, B, W]; `final` is the gradient of the rows' last states, which rows without steps hand
         on."""
         shape = (problem.G, problem.B, grad.shape[-1])
-        start, at_reset = grad.new_zeros(shape), grad.new_zeros(shape)
+        wide = torch.promote_types(grad.dtype, torch.float32)  # a row's resets may be many
+        start, at_reset = grad.new_zeros(shape), grad.new_zeros(shape, dtype=wide)
         if final is not None:
             start.copy_(final)
             start[:, self.row] = 0
         for g, backwards in enumerate(problem.reverse):
             begins = self._begin(backwards)
             start[g, self.row[begins]] = grad[g, begins]
-            at_reset[g].index_add_(0, self.row[~begins], grad[g, ~begins])
-        return start, at_reset
+            at_reset[g].index_add_(0, self.row[~begins], grad[g, ~begins].to(wide))
+        return start, at_reset.to(grad.dtype)
 
 
 def packed(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs, Segments]:
