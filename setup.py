@@ -25,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 KERNELS = "csrc/cpu/kernels.cpp"
+PYTHON_SOURCES = {"bindings", "tensor"}  # which know pybind11
 CUDA_KERNELS = "csrc/cuda/kernels.cu"
 CUDA_PRECISIONS = ["F32", "Tf32", "Bf16", "F16"]
 # Code for 8.0 also runs on 8.6 and 8.9, for 10.0 on 10.3, for 12.0 on 12.1.
@@ -89,7 +90,7 @@ def compile_units(sets: dict[str, list[str]], sources: list[str]) -> list[Unit]:
     for source in sources:
         stem = source.removeprefix("csrc/").removesuffix(".cpp")
         if source != KERNELS:
-            extra = python if stem == "bindings" else []
+            extra = python if stem in PYTHON_SOURCES else []
             units.append(Unit(source, f"{stem}.o", defines + extra))
     # The linker keeps the first copy of an inline function: the most portable object goes first.
     for isa, flags in sets.items():

@@ -1,5 +1,5 @@
-// The Python module fastrnn._C, and the only file that knows pybind11: argument checks, dtype and cell switch. Tensors
-// arrive as addresses, sizes and strides; fastrnn/backends/cpu.py, the only caller, owns and has checked them.
+// The Python module fastrnn._C: which kernel runs, and on what memory. fastrnn/backends/cpu.py, the only caller,
+// allocates all that the kernels write.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,100 +12,21 @@
 #include "cpu/launch.h"
 #include "cpu/pages.h"
 #include "cpu/plan.h"
+#include "layer.h"
 
 namespace py = pybind11;
 
+template <>
+struct pybind11::detail::type_caster<fastrnn::Tensor> {
+  PYBIND11_TYPE_CASTER(fastrnn::Tensor, const_name("torch.Tensor | None"));
+  bool load(handle source, bool) {
+    value = fastrnn::Tensor(source);
+    return true;
+  }
+};
+
 namespace fastrnn {
 namespace {
-
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-// The sizes that every call begins with, and what follows from them.
-struct Call {
-  const KernelTable& table;
-  const CellInfo& cell;
-  const CellKernels& kernels;
-  Dtype dtype;
-  int threads;
-
-  Call(int cell_index, int dtype_index, int thread_count)
-      : table(fastrnn::kernels()),
-        cell(table.info[checked(cell_index, table.cells, "cell")]),
-        kernels(table.kernels[cell_index][checked(dtype_index, kDtypes, "dtype")]),
-        dtype(static_cast<Dtype>(dtype_index)),
-        threads(thread_count) {
-    require(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
-  }
-
- private:
-  static int checked(int index, int count, const char* what) {
-    require(index >= 0 && index < count, std::string(what) + " index " + std::to_string(index) + " is out of range");
-    return index;
-  }
-};
-
-// batch_sizes as the kernels want them: with the row at which each step begins.
-struct Steps {
-  Sequence seq;
-  std::vector<int64_t> offsets;
-
-  Steps(int64_t T, int64_t B, int64_t N, Address batch_sizes)
-      : seq{T, B, N, pointer<const int64_t>(batch_sizes), nullptr} {
-    require(T > 0 && B > 0 && N > 0, "T, B and N must be positive");
-    if (!batch_sizes) {
-      require(N == T * B, "N must be T * B for a dense batch");
-      return;
-    }
-    offsets.resize(static_cast<size_t>(T));
-    int64_t rows = 0, before = B;
-    for (int64_t t = 0; t < T; ++t) {
-      const int64_t n = seq.batch_sizes[t];
-      require(n > 0 && n <= before, "batch_sizes must be positive, at most B, and must not grow");
-      offsets[static_cast<size_t>(t)] = rows;
-      rows += before = n;
-    }
-    require(rows == N, "batch_sizes must add up to the rows given");
-    seq.offsets = offsets.data();
-  }
-  Steps(const Steps&) = delete;
-  Steps& operator=(const Steps&) = delete;
-};
-
-// `per_group` weights each: w_ih, w_hh, b_ih, b_hh, and w_hr with a projection.
-std::vector<Group> make_groups(const std::vector<Address>& weights, const std::vector<bool>& reverse,
-                               size_t per_group) {
-  require(!reverse.empty() && reverse.size() <= kMaxGroups,
-          "there may be 1 to " + std::to_string(kMaxGroups) + " groups");
-  require(weights.size() == per_group * reverse.size(), "each group has " + std::to_string(per_group) + " weights");
-  std::vector<Group> groups;
-  for (size_t g = 0; g < reverse.size(); ++g) {
-    const Address* const w = &weights[per_group * g];
-    const Address w_hr = per_group > 4 ? w[4] : 0;
-    require(w[0] && w[1] && (per_group == 4 || w_hr), "w_ih, w_hh and w_hr must be given");
-    groups.push_back({pointer(w[0]), pointer(w[1]), pointer(w[2]), pointer(w[3]), pointer(w_hr), reverse[g]});
-  }
-  return groups;
-}
-
-std::vector<GroupGradients> make_gradients(const std::vector<Address>& addresses, size_t groups, size_t per_group) {
-  require(addresses.size() == per_group * groups, "each weight has a gradient, or 0 in its place");
-  std::vector<GroupGradients> gradients;
-  for (size_t g = 0; g < groups; ++g) {
-    const Address* const d = &addresses[per_group * g];
-    gradients.push_back(
-        {pointer(d[0]), pointer(d[1]), pointer(d[2]), pointer(d[3]), pointer(per_group > 4 ? d[4] : 0)});
-  }
-  return gradients;
-}
 
 template <class Args>
 struct Direction;
@@ -151,12 +72,13 @@ void prepare_pages(const Call& call, const BackwardArgs& args, int64_t workspace
   prefer_huge_pages(args.workspace, workspace);
 }
 
-// Runs the kernel and returns 0, or, where `bytes` of workspace are too few, only returns how many it takes.
+// Runs the kernel and returns 0, or, where the workspace is too small, only returns how many bytes it takes.
 template <class Args>
-int64_t run(const Call& call, const Args& args, int64_t bytes) {
+int64_t run(const Call& call, Args args, const Tensor& workspace) {
   using D = Direction<Args>;
   const int64_t needed = workspace_bytes(call, args);
-  if (bytes < needed || !args.workspace) return needed;
+  if (workspace.numel() < needed) return needed;
+  args.workspace = workspace.data();
   struct Context {
     const Args& args;
     void (*body)(const Args&, const Plan&, const Team&, int);
@@ -174,88 +96,37 @@ int64_t run(const Call& call, const Args& args, int64_t bytes) {
   return 0;
 }
 
-// One layer and its inputs, on which forward and backward may be called. Holds no memory of what it is given.
-class Layer {
+int64_t forward(const Tensor& workspace, int cell, int threads, const std::vector<bool>& reverse, int64_t batch,
+                const Tensor& x, const Tensor& batch_sizes, const Tensor& h0, const Tensor& c0, const Tensors& weights,
+                const Tensor& y, const Tensor& h_n, const Tensor& c_n, const Tensor& c, const Tensors& saved) {
+  const Layer layer(cell, threads, reverse, batch, x, batch_sizes, h0, c0, weights);
+  return run(layer.call(), forward_args(layer, y, h_n, c_n, c, saved), workspace);
+}
+
+int64_t backward(const Tensor& workspace, int cell, int threads, const std::vector<bool>& reverse, int64_t batch,
+                 const Tensor& x, const Tensor& batch_sizes, const Tensor& h0, const Tensor& c0, const Tensors& weights,
+                 const Tensor& y, const Tensors& saved, const Tensors& grads, const Tensors& dstates,
+                 const Tensors& dweights, const Tensors& factors) {
+  const Layer layer(cell, threads, reverse, batch, x, batch_sizes, h0, c0, weights);
+  const Backward pass(layer, y, saved, grads, dstates, dweights, factors);
+  return run(layer.call(), pass.args(), workspace);
+}
+
+// A forward pass over these very tensors, to be run any number of times.
+class Prepared {
  public:
-  Layer(int cell, int dtype, int threads, int64_t T, int64_t B, int64_t N, int64_t I, int64_t H, int64_t P,
-        const std::vector<bool>& reverse, const std::vector<Address>& weights, Address batch_sizes, Address x,
-        int64_t x_stride_t, int64_t x_stride_b, int64_t x_stride_g, Address h0, Address c0)
-      : call_(cell, dtype, threads),
-        steps_(T, B, N, batch_sizes),
-        per_group_(P ? 5 : 4),
-        groups_(make_groups(weights, reverse, per_group_)) {
-    require(I > 0 && H > 0 && P >= 0, "I and H must be positive, P not negative");
-    require(!P || has_c(), "a cell with a projection keeps its own state in c");
-    require(x, "x must be given");
-    args_.seq = steps_.seq;
-    args_.I = I;
-    args_.H = H;
-    args_.P = P;
-    args_.G = static_cast<int>(groups_.size());
-    args_.groups = groups_.data();
-    args_.x = pointer(x);
-    args_.x_stride_t = x_stride_t;
-    args_.x_stride_b = x_stride_b;
-    args_.x_stride_g = x_stride_g;
-    args_.h0 = pointer(h0);
-    args_.c0 = pointer(c0);
-  }
-  Layer(const Layer&) = delete;
-  Layer& operator=(const Layer&) = delete;
+  Prepared(int cell, int threads, const Tensor& x, const Tensor& h0, const Tensor& c0, const Tensors& weights,
+           const Tensor& y, const Tensor& h_n, const Tensor& c_n)
+      : outputs_{y, h_n, c_n},
+        layer_(cell, threads, {false}, x.size(1), x, Tensor(), h0, c0, weights),
+        args_(forward_args(layer_, y, h_n, c_n, Tensor(), {})) {}
 
-  int64_t forward(Address y, Address h_n, Address c_n, Address c, Address gates, Address cells, Address whole_h,
-                  Address workspace, int64_t bytes) const {
-    require(y && h_n, "y and h_n must be given");
-    require(!has_c() || c_n, "c_n must be given");
-    require(!has_c() || !gates == !cells, "gates and cells are saved together");
-    require(!args_.P || !gates == !whole_h, "gates and whole_h are saved together");
-    ForwardArgs args{args_};
-    args.y = pointer(y);
-    args.h_n = pointer(h_n);
-    args.c_n = pointer(c_n);
-    args.c = pointer(c);
-    args.gates = pointer(gates);
-    args.cells = pointer(cells);
-    args.whole_h = pointer(whole_h);
-    args.workspace = pointer(workspace);
-    return run(call_, args, bytes);
-  }
-
-  int64_t backward(Address y, Address gates, Address cells, Address whole_h, Address dy, Address dh_n, Address dc_n,
-                   Address dc, Address dx, Address dh0, Address dc0, const std::vector<Address>& dweights,
-                   Address dgates_x, Address dgates_h, Address dprojection, Address workspace, int64_t bytes) const {
-    require(y && gates, "y and gates must be given");
-    require(!has_c() || cells, "cells must be given");
-    require(!args_.P || whole_h, "whole_h must be given");
-    const std::vector<GroupGradients> gradients = make_gradients(dweights, groups_.size(), per_group_);
-    BackwardArgs args{args_};
-    args.y = pointer(y);
-    args.gates = pointer(gates);
-    args.cells = pointer(cells);
-    args.whole_h = pointer(whole_h);
-    args.dy = pointer(dy);
-    args.dh_n = pointer(dh_n);
-    args.dc_n = pointer(dc_n);
-    args.dc = pointer(dc);
-    args.dx = pointer(dx);
-    args.dh0 = pointer(dh0);
-    args.dc0 = pointer(dc0);
-    args.gradients = gradients.data();
-    args.dgates_x = pointer(dgates_x);
-    args.dgates_h = pointer(dgates_h);
-    args.dprojection = pointer(dprojection);
-    args.workspace = pointer(workspace);
-    return run(call_, args, bytes);
-  }
+  int64_t operator()(const Tensor& workspace) const { return run(layer_.call(), args_, workspace); }
 
  private:
-  bool has_c() const { return call_.cell.states > 1; }
-
-  Call call_;
-  Steps steps_;
-  size_t per_group_;
-  std::vector<Group> groups_;
-  LayerArgs args_{};
+  Tensors outputs_;
+  Layer layer_;
+  ForwardArgs args_;
 };
 
 double fma_peak(int threads, double seconds) {
@@ -304,9 +175,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
   m.def("use_isa", &use_isa, "Use this instruction set from now on, in the whole process.");
   m.def("fma_peak", &fma_peak, "Measured float32 multiply-add rate of that many threads together, GF/s.");
-  py::class_<Layer>(m, "Layer", "A layer and its inputs, none of which it keeps alive.")
-      .def(py::init<int, int, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const std::vector<bool>&,
-                    const std::vector<Address>&, Address, Address, int64_t, int64_t, int64_t, Address, Address>())
-      .def("forward", &Layer::forward, "0 when done, else the bytes of workspace that it takes.")
-      .def("backward", &Layer::backward, "0 when done, else the bytes of workspace that it takes.");
+  m.def("reads_by_table", &reads_by_table, "Whether tensors are read through DLPack's table of functions.");
+  m.def("read_by_table", &read_by_table, "Read them so from now on, or by their methods.");
+  m.def("forward", &forward, "0 when done, else the bytes of workspace that it takes.");
+  m.def("backward", &backward, "0 when done, else the bytes of workspace that it takes.");
+  py::class_<Prepared>(m, "Prepared", "A forward pass over tensors that it keeps alive.")
+      .def(py::init<int, int, const Tensor&, const Tensor&, const Tensor&, const Tensors&, const Tensor&, const Tensor&,
+                    const Tensor&>())
+      .def("__call__", &Prepared::operator(), "0 when done, else the bytes of workspace that it takes.");
 }

@@ -1,10 +1,12 @@
 """The extension that csrc/bindings.cpp defines.
 
-Sizes are numbers of elements, `bytes` is of the workspace, and an address is a tensor's data_ptr(),
-or 0 where there is no tensor.
+The kernels read and write the very tensors given. `forward`, `backward` and a `Prepared` return 0
+when done, and else, where the workspace (uint8) is too small, how many bytes it takes.
 """
 
 from collections.abc import Sequence
+
+from torch import Tensor
 
 unit_pad: int
 max_groups: int
@@ -14,67 +16,60 @@ def isas() -> list[str]: ...
 def isa() -> str: ...
 def use_isa(name: str, /) -> None: ...
 def fma_peak(threads: int, seconds: float, /) -> float: ...
+def reads_by_table() -> bool: ...
+def read_by_table(wanted: bool, /) -> None: ...
+def forward(
+    workspace: Tensor,
+    cell: int,
+    threads: int,
+    reverse: Sequence[bool],
+    batch: int,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor | None,
+    c: Tensor | None,
+    saved: Sequence[Tensor],
+    /,
+) -> int: ...
+def backward(
+    workspace: Tensor,
+    cell: int,
+    threads: int,
+    reverse: Sequence[bool],
+    batch: int,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    y: Tensor,
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    dstates: Sequence[Tensor | None],
+    dweights: Sequence[Tensor | None],
+    factors: Sequence[Tensor],
+    /,
+) -> int: ...
 
-class Layer:
-    """One layer and its inputs; it keeps none of their memory alive.
-
-    forward() and backward() return 0 when done, and else, where `bytes` are too few, how many they
-    take.
-    """
+class Prepared:
+    """A forward pass over tensors that it keeps alive."""
 
     def __init__(
         self,
         cell: int,
-        dtype: int,
         threads: int,
-        T: int,
-        B: int,
-        N: int,
-        I: int,
-        H: int,
-        P: int,
-        reverse: Sequence[bool],
-        weights: Sequence[int],
-        batch_sizes: int,
-        x: int,
-        x_stride_t: int,
-        x_stride_b: int,
-        x_stride_g: int,
-        h0: int,
-        c0: int,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weights: Sequence[Tensor | None],
+        y: Tensor,
+        h_n: Tensor,
+        c_n: Tensor | None,
         /,
     ) -> None: ...
-    def forward(
-        self,
-        y: int,
-        h_n: int,
-        c_n: int,
-        c: int,
-        gates: int,
-        cells: int,
-        whole_h: int,
-        workspace: int,
-        bytes: int,
-        /,
-    ) -> int: ...
-    def backward(
-        self,
-        y: int,
-        gates: int,
-        cells: int,
-        whole_h: int,
-        dy: int,
-        dh_n: int,
-        dc_n: int,
-        dc: int,
-        dx: int,
-        dh0: int,
-        dc0: int,
-        dweights: Sequence[int],
-        dgates_x: int,
-        dgates_h: int,
-        dprojection: int,
-        workspace: int,
-        bytes: int,
-        /,
-    ) -> int: ...
+    def __call__(self, workspace: Tensor, /) -> int: ...

@@ -12,6 +12,7 @@ import torch
 from helpers import Case, Truth, as_function, collect, make_inputs, run, run_python, using
 from helpers import poisoned as poisoned_memory
 
+import fastrnn
 from fastrnn.backends import cpu
 from fastrnn.cells import CELLS
 
@@ -171,6 +172,35 @@ def test_any_number_of_threads(cell: str, case: Case, threads: int) -> None:
     with poisoned():
         ours = run(cell, case, make_inputs(cell, case, torch.float32), "cpu")
     expected.check(ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_tensors_read_by_their_methods(cell: str, dtype: torch.dtype) -> None:
+    """As where torch publishes no table of functions to read them by."""
+    case = Case(6, 3, 5, 37, reverse=BOTH, layout="batch_first")
+    expected = truth(cell, case, dtype)
+    before = _C.reads_by_table()
+    _C.read_by_table(False)
+    try:
+        ours = run(cell, case, make_inputs(cell, case, dtype), "cpu")
+    finally:
+        _C.read_by_table(before)
+    expected.check(ours)
+
+
+@pytest.mark.skipif(not _C.reads_by_table(), reason="this torch publishes no table")
+def test_a_view_reads_the_same_either_way() -> None:
+    layer = fastrnn.LSTM(4, 5)
+    x = torch.randn(3, 2, 6, 9)[:, 1, :, 2:6].transpose(0, 1)
+    found = layer(x)[0]
+    _C.read_by_table(False)
+    try:
+        again = layer(x)[0]
+    finally:
+        _C.read_by_table(True)
+    assert torch.equal(found, again)
+    assert torch.equal(found, layer(x.contiguous())[0])
 
 
 def test_forced_instruction_set() -> None:

@@ -1,7 +1,6 @@
 """The fused C++ kernels on CPU tensors: packed weight panels, the cell in the GEMM's epilogue.
 
-Here tensors become addresses. Everything the kernels write, workspaces included, is allocated
-here by torch.
+Everything the kernels write, workspaces included, is allocated here by torch.
 """
 
 from __future__ import annotations
@@ -27,15 +26,8 @@ else:
     _MISSING = None
     _CELLS = _C.cells()
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+_WHOLE = torch.contiguous_format
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,20 +46,17 @@ class _Workspace(threading.local):
 
     def __init__(self, keep: int = 64 << 20) -> None:
         self._most = keep  # bytes; a larger one goes back at once
-        self._keep(torch.empty(0, dtype=torch.uint8))
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def run(self, kernel: Callable[..., int], *arguments: object) -> None:
         """Call `kernel` with scratch memory; it answers how much it takes if that is too little."""
-        needed = kernel(*arguments, self._start, self._size)
+        needed = kernel(self._memory, *arguments)
         if not needed:
             return
-        fresh = torch.empty(needed, dtype=torch.uint8)
+        memory = torch.empty(needed, dtype=torch.uint8, device="cpu")
         if needed <= self._most:
-            self._keep(fresh)
-        kernel(*arguments, fresh.data_ptr(), needed)
-
-    def _keep(self, memory: Tensor) -> None:
-        self._memory, self._start, self._size = memory, memory.data_ptr(), memory.numel()
+            self._memory = memory
+        kernel(memory, *arguments)
 
 
 _workspace = _Workspace()
@@ -113,8 +102,10 @@ class _Cpu:
         saved = []
         if save:
             N = problem.T * problem.B if inputs.batch_sizes is None else inputs.x.shape[0]
-            saved = [
-                torch.empty(shape, dtype=kind) for shape, kind in self.saved_shapes(problem, N)
+            x = inputs.x
+            saved = [  # naming the dtype takes torch longer
+                x.new_empty(*shape) if kind == x.dtype else x.new_empty(shape, dtype=kind)
+                for shape, kind in self.saved_shapes(problem, N)
             ]
         if inputs.lengths is None and inputs.reset is None:
             return _forward(problem, inputs, saved)
@@ -162,80 +153,35 @@ class _Cpu:
         return _needed((dx, *states, *dweights), needs)
 
     def prepare(self, problem: Problem, inputs: Inputs, outputs: Outputs) -> Callable[[], None]:
-        layer, alive = _layer(problem, inputs)
-        results = _results(outputs)
-
-        def run(_tensors: object = (alive, outputs)) -> None:  # which it keeps alive
-            _workspace.run(layer.forward, *results)
-
-        return run
+        y, h_n, c_n, _, _ = outputs
+        cell, threads = _CELLS[problem.cell.name][0], torch.get_num_threads()
+        kernel = _C.Prepared(
+            cell, threads, inputs.x, inputs.h0, inputs.c0, inputs.weights, y, h_n, c_n
+        )
+        return lambda: _workspace.run(kernel)
 
 
 def _needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
 
 
-def _readable(x: Tensor) -> Tensor:
-    return x.contiguous() if x.stride(-1) != 1 and x.shape[-1] > 1 else x
-
-
-def _three_addresses(saved: Sequence[Tensor]) -> list[int]:
-    """Addresses of up to three tensors, 0 for those that are missing."""
-    return [t.data_ptr() for t in saved] + [0] * (3 - len(saved))
-
-
-def _layer(problem: Problem, inputs: Inputs) -> tuple[_C.Layer, list[Tensor | None]]:
-    """A dense batch, or a packed one, and the tensors that have to outlive it."""
-    x, batch_sizes = _readable(inputs.x), inputs.batch_sizes
-    weights = [_contiguous(w) for w in inputs.weights]
-    h0, c0 = _contiguous(inputs.h0), _contiguous(inputs.c0)
-    layer = _C.Layer(
-        _CELLS[problem.cell.name][0],
-        _DTYPES[problem.dtype],
-        torch.get_num_threads(),
-        problem.T,
-        problem.B,
-        problem.T * problem.B if batch_sizes is None else x.shape[0],
-        problem.I,
-        problem.H,
-        problem.P,
-        problem.reverse,
-        [_address(w) for w in weights],
-        _address(batch_sizes),
-        x.data_ptr(),
-        x.stride(0) if batch_sizes is None else 0,
-        x.stride(-2),
-        problem.I if problem.grouped else 0,
-        _address(h0),
-        _address(c0),
-    )
-    return layer, [x, batch_sizes, h0, c0, *weights]
+def _layer(problem: Problem, inputs: Inputs) -> tuple[object, ...]:
+    """What the kernels are told of a dense batch, or a packed one."""
+    x, batch_sizes, _, _, (h0, c0, *_), weights = inputs
+    cell, threads = _CELLS[problem.cell.name][0], torch.get_num_threads()
+    return cell, threads, problem.reverse, problem.B, x, batch_sizes, h0, c0, weights
 
 
 def _forward(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
     """A dense batch, or a packed one."""
-    G, B, H, x = problem.G, problem.B, problem.H, inputs.x
+    x, G, B, H, out = inputs.x, problem.G, problem.B, problem.H, problem.out
     has_c = problem.cell.states > 1
-    y = x.new_empty((*x.shape[:-1], G * problem.out))
-    h_n = x.new_empty((G, B, problem.out))
-    c_n = x.new_empty((G, B, H)) if has_c else None
-    c = x.new_empty((*x.shape[:-1], G * H)) if problem.all_states and has_c else None
-    outputs = Outputs(y, h_n, c_n, c, saved)
-    layer, _alive = _layer(problem, inputs)
-    _workspace.run(layer.forward, *_results(outputs))
-    return outputs
-
-
-def _results(outputs: Outputs) -> tuple[int, ...]:
-    """Where Layer.forward is to write."""
-    y, h_n, c_n, c, saved = outputs
-    return (
-        y.data_ptr(),
-        h_n.data_ptr(),
-        _address(c_n),
-        _address(c),
-        *_three_addresses(saved),
-    )
+    steps = x.shape[:-1]
+    y, h_n = x.new_empty(*steps, G * out), x.new_empty(G, B, out)
+    c_n = x.new_empty(G, B, H) if has_c else None
+    c = x.new_empty(*steps, G * H) if problem.all_states and has_c else None
+    _workspace.run(_C.forward, *_layer(problem, inputs), y, h_n, c_n, c, saved)
+    return Outputs(y, h_n, c_n, c, saved)
 
 
 def _backward(
@@ -249,34 +195,22 @@ def _backward(
 ) -> list[Tensor | None]:
     """A dense batch, or a packed one: gradients of x, h0, c0, the two states at resets (None), and
     the weights."""
-    G, B, H, x, y = problem.G, problem.B, problem.H, inputs.x, y.contiguous()
+    G, B, H, x = problem.G, problem.B, problem.H, inputs.x
     together = apart.number == 1
-    dy, dh_n, dc_n, dc = (_contiguous(g) for g in grads)
-    dx = torch.empty(x.shape, dtype=x.dtype) if needs[0] else None
-    dh0 = x.new_empty((G, B, problem.out)) if needs[1] else None
-    dc0 = x.new_empty((G, B, H)) if needs[2] else None
-    layer, (_x, _sizes, _h0, _c0, *weights) = _layer(problem, inputs)
+    dx = torch.empty_like(x, memory_format=_WHOLE) if needs[0] else None
+    dh0 = x.new_empty(G, B, problem.out) if needs[1] else None
+    dc0 = x.new_empty(G, B, H) if needs[2] else None
     dweights = [
-        torch.empty_like(w) if needed and together and w is not None else None
-        for w, needed in zip(weights, needs[5:], strict=True)
+        torch.empty_like(w, memory_format=_WHOLE) if needed and together and w is not None else None
+        for w, needed in zip(inputs.weights, needs[5:], strict=True)
     ]
     factors: list[Tensor] = []  # dgates_x, dgates_h and dprojection
     if not together:
         widths = [problem.cell.gates * H] * 2 + [problem.P] * (problem.P > 0)
         factors = [x.new_empty((G, y.shape[:-1].numel(), width)) for width in widths]
+    states = (dx, dh0, dc0)
     _workspace.run(
-        layer.backward,
-        y.data_ptr(),
-        *_three_addresses(saved),
-        _address(dy),
-        _address(dh_n),
-        _address(dc_n),
-        _address(dc),
-        _address(dx),
-        _address(dh0),
-        _address(dc0),
-        [_address(d) for d in dweights],
-        *((0, 0, 0) if together else _three_addresses(factors)),
+        _C.backward, *_layer(problem, inputs), y, saved, grads, states, dweights, factors
     )
     if not together:
         whole_h = saved[-1] if problem.P else None

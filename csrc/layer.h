@@ -1,0 +1,257 @@
+// From tensors to what the kernels are told: every size is checked here against the others.
+#pragma once
+
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "tensor.h"
+
+namespace fastrnn {
+
+using Tensors = std::vector<Tensor>;
+
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// What every call begins with, and what follows from it.
+struct Call {
+  const KernelTable& table;
+  const CellInfo& cell;
+  const CellKernels& kernels;
+  Dtype dtype;
+  int threads;
+
+  Call(int index, Dtype type, int thread_count)
+      : table(fastrnn::kernels()),
+        cell(table.info[checked(index, table.cells)]),
+        kernels(table.kernels[index][static_cast<int>(type)]),
+        dtype(type),
+        threads(thread_count) {
+    require(threads >= 1, "threads must be at least 1");
+  }
+
+ private:
+  static int checked(int index, int count) {
+    require(index >= 0 && index < count, "there is no cell of that index");
+    return index;
+  }
+};
+
+// The row at which each step of a packed batch begins.
+inline std::vector<int64_t> step_offsets(const Sequence& seq) {
+  std::vector<int64_t> offsets(static_cast<size_t>(seq.T));
+  int64_t rows = 0, before = seq.B;
+  for (int64_t t = 0; t < seq.T; ++t) {
+    const int64_t n = seq.batch_sizes[t];
+    require(n > 0 && n <= before, "batch_sizes must be positive, at most B, and must not grow");
+    offsets[static_cast<size_t>(t)] = rows;
+    rows += before = n;
+  }
+  require(rows == seq.N, "batch_sizes must add up to the rows given");
+  return offsets;
+}
+
+// One layer and its inputs, which it keeps alive. The weights lie in one flat list: w_ih, w_hh, b_ih, b_hh, and w_hr
+// with a projection, of each group.
+class Layer {
+ public:
+  // `batch` is B, which a packed batch does not tell.
+  Layer(int cell, int threads, const std::vector<bool>& reverse, int64_t batch, const Tensor& x,
+        const Tensor& batch_sizes, const Tensor& h0, const Tensor& c0, const Tensors& weights)
+      : call_(cell, x.dtype(), threads),
+        batch_sizes_(batch_sizes.contiguous()),
+        h0_(h0.contiguous()),
+        c0_(c0.contiguous()) {
+    const size_t groups = reverse.size();
+    require(groups && groups <= kMaxGroups, "there are too many groups, or none");
+    require(weights.size() == 4 * groups || weights.size() == 5 * groups, "each group has 4 or 5 weights");
+    per_group_ = weights.size() / groups;
+    for (const Tensor& w : weights) weights_.push_back(w.contiguous());
+    take_sizes(x, batch, groups);
+    take_weights(reverse);
+    take_input(x);
+    require(h0_.fits(args_.G * args_.seq.B * args_.out()), "h0 has another size");
+    require(c0_.fits(args_.G * args_.seq.B * args_.H), "c0 has another size");
+    args_.h0 = h0_.data();
+    args_.c0 = c0_.data();
+  }
+  Layer(const Layer&) = delete;
+  Layer& operator=(const Layer&) = delete;
+
+  const Call& call() const { return call_; }
+  const LayerArgs& args() const { return args_; }
+  size_t per_group() const { return per_group_; }
+  bool has_c() const { return call_.cell.states > 1; }
+
+ private:
+  void take_sizes(const Tensor& x, int64_t batch, size_t groups) {
+    const Tensor &w_ih = weights_[0], &w_hr = weights_[per_group_ - 1];
+    require(w_ih && w_ih.dims() == 2, "w_ih must be a matrix");
+    args_.G = static_cast<int>(groups);
+    args_.H = w_ih.size(0) / call_.cell.gates;
+    args_.I = w_ih.size(1);
+    args_.P = per_group_ > 4 && w_hr ? w_hr.size(0) : 0;
+    require(args_.I > 0 && args_.H > 0, "I and H must be positive");
+    require(per_group_ == 4 || (args_.P > 0 && has_c()), "a cell with a projection keeps its own state in c");
+    require(x.dims() == (batch_sizes_ ? 2 : 3), "x has another number of dimensions");
+    const int64_t rows = x.size(0);
+    args_.seq = batch_sizes_ ? Sequence{batch_sizes_.numel(), batch, rows, batch_sizes_.data<const int64_t>(), nullptr}
+                             : Sequence{rows, batch, rows * batch, nullptr, nullptr};
+    require(args_.seq.T > 0 && args_.seq.B > 0 && args_.seq.N > 0, "T, B and N must be positive");
+    require(batch_sizes_ || x.size(1) == batch, "x has another batch size");
+    if (!batch_sizes_) return;
+    offsets_ = step_offsets(args_.seq);
+    args_.seq.offsets = offsets_.data();
+  }
+
+  void take_weights(const std::vector<bool>& reverse) {
+    const int64_t rows = call_.cell.gates * args_.H;
+    for (size_t g = 0; g < reverse.size(); ++g) {
+      const Tensor* const w = &weights_[per_group_ * g];
+      const Tensor w_hr = per_group_ > 4 ? w[4] : Tensor();
+      require(w[0] && w[1] && (per_group_ == 4 || w_hr), "w_ih, w_hh and w_hr must be given");
+      require(w[0].fits(rows * args_.I) && w[1].fits(rows * args_.out()) && w[2].fits(rows) && w[3].fits(rows) &&
+                  w_hr.fits(args_.P * args_.H),
+              "a weight has another size");
+      groups_.push_back({w[0].data(), w[1].data(), w[2].data(), w[3].data(), w_hr.data(), reverse[g]});
+    }
+    args_.groups = groups_.data();
+  }
+
+  void take_input(const Tensor& x) {
+    const bool apart = x.size(-1) != args_.I;
+    require(!apart || x.size(-1) == args_.G * args_.I, "x has another width");
+    x_ = x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
+    args_.x = x_.data();
+    args_.x_stride_t = batch_sizes_ ? 0 : x_.stride(0);
+    args_.x_stride_b = x_.stride(-2);
+    args_.x_stride_g = apart ? args_.I : 0;
+  }
+
+  Call call_;
+  Tensor x_, batch_sizes_, h0_, c0_;
+  Tensors weights_;
+  size_t per_group_ = 4;
+  std::vector<int64_t> offsets_;
+  std::vector<Group> groups_;
+  LayerArgs args_{};
+};
+
+// What forward saves and backward reads: gates, cells for a cell with c, whole_h with a projection. The tensors may be
+// larger: they are allocated for the whole batch where only some of its steps are run.
+struct Saved {
+  void *gates, *cells = nullptr, *whole_h = nullptr;
+
+  Saved(const Layer& layer, const Tensors& saved) {
+    const LayerArgs& args = layer.args();
+    const size_t number = 1 + layer.has_c() + (args.P > 0);
+    require(saved.size() == number, "gates, and what the cell and the projection need, are saved together");
+    const int64_t units = args.G * args.seq.N * round_up(args.H, kUnitPad);
+    require(saved[0].numel() >= units * layer.call().cell.saved, "gates are too small");
+    gates = saved[0].data();
+    if (layer.has_c()) {
+      require(saved[1].numel() >= units, "cells are too small");
+      cells = saved[1].data();
+    }
+    if (!args.P) return;
+    require(saved.back().numel() >= args.seq.N * args.G * args.H, "whole_h is too small");
+    whole_h = saved.back().data();
+  }
+};
+
+// `saved` may be empty: then nothing is.
+inline ForwardArgs forward_args(const Layer& layer, const Tensor& y, const Tensor& h_n, const Tensor& c_n,
+                                const Tensor& c, const Tensors& saved) {
+  ForwardArgs args{layer.args()};
+  const int64_t G = args.G, N = args.seq.N, B = args.seq.B;
+  require(y && h_n && (c_n || !layer.has_c()), "y and the last states must be given");
+  require(y.fits(N * G * args.out()) && h_n.fits(G * B * args.out()), "y or h_n has another size");
+  require(c_n.fits(G * B * args.H) && c.fits(N * G * args.H), "c_n or c has another size");
+  args.y = y.data();
+  args.h_n = h_n.data();
+  args.c_n = c_n.data();
+  args.c = c.data();
+  if (saved.empty()) return args;
+  const Saved each(layer, saved);
+  args.gates = each.gates;
+  args.cells = each.cells;
+  args.whole_h = each.whole_h;
+  return args;
+}
+
+// What backward reads and writes, with all the tensors that it keeps alive.
+class Backward {
+ public:
+  // `grads` are those of y, h_n, c_n and c; `states` receives those of x, h0 and c0, `weights` those of the weights;
+  // `factors` is empty, or receives dgates_x, dgates_h and, with a projection, dprojection.
+  Backward(const Layer& layer, const Tensor& y, const Tensors& saved, const Tensors& grads, const Tensors& states,
+           const Tensors& weights, const Tensors& factors)
+      : args_{layer.args()}, y_(y.contiguous()) {
+    require(grads.size() == 4 && states.size() == 3, "there are four outputs, and three inputs beside the weights");
+    for (const Tensor& grad : grads) grads_.push_back(grad.contiguous());
+    const Saved each(layer, saved);
+    args_.y = y_.data();
+    args_.gates = each.gates;
+    args_.cells = each.cells;
+    args_.whole_h = each.whole_h;
+    take_grads(states);
+    take_weights(layer, weights);
+    if (!factors.empty()) take_factors(layer, factors);
+  }
+  Backward(const Backward&) = delete;
+  Backward& operator=(const Backward&) = delete;
+
+  const BackwardArgs& args() const { return args_; }
+
+ private:
+  void take_grads(const Tensors& states) {
+    const int64_t G = args_.G, N = args_.seq.N, B = args_.seq.B, H = args_.H, out = args_.out();
+    const int64_t outputs[] = {N * G * out, G * B * out, G * B * H, N * G * H};
+    const int64_t inputs[] = {N * args_.inputs() * args_.I, G * B * out, G * B * H};
+    require(y_ && y_.fits(outputs[0]), "y has another size");
+    for (size_t k = 0; k < 4; ++k) require(grads_[k].fits(outputs[k]), "the gradient of an output has another size");
+    for (size_t k = 0; k < 3; ++k) require(states[k].fits(inputs[k]), "the gradient of an input has another size");
+    args_.dy = grads_[0].data();
+    args_.dh_n = grads_[1].data();
+    args_.dc_n = grads_[2].data();
+    args_.dc = grads_[3].data();
+    args_.dx = states[0].data();
+    args_.dh0 = states[1].data();
+    args_.dc0 = states[2].data();
+  }
+
+  void take_weights(const Layer& layer, const Tensors& weights) {
+    const size_t each = layer.per_group();
+    require(weights.size() == each * static_cast<size_t>(args_.G), "each weight has a gradient, or None in its place");
+    const int64_t rows = layer.call().cell.gates * args_.H;
+    const int64_t sizes[] = {rows * args_.I, rows * args_.out(), rows, rows, args_.P * args_.H};
+    for (size_t k = 0; k < weights.size(); ++k) {
+      require(weights[k].fits(sizes[k % each]), "the gradient of a weight has another size");
+    }
+    for (size_t k = 0; k < weights.size(); k += each) {
+      const Tensor* const d = &weights[k];
+      gradients_.push_back({d[0].data(), d[1].data(), d[2].data(), d[3].data(), each > 4 ? d[4].data() : nullptr});
+    }
+    args_.gradients = gradients_.data();
+  }
+
+  void take_factors(const Layer& layer, const Tensors& factors) {
+    const int64_t rows = args_.G * args_.seq.N, gates = layer.call().cell.gates * args_.H;
+    require(factors.size() == (args_.P ? 3 : 2), "there are two factors, and one more with a projection");
+    require(factors[0].fits(rows * gates) && factors[1].fits(rows * gates) &&
+                factors.back().fits(rows * (args_.P ? args_.P : gates)),
+            "a factor has another size");
+    args_.dgates_x = factors[0].data();
+    args_.dgates_h = factors[1].data();
+    if (args_.P) args_.dprojection = factors[2].data();
+  }
+
+  BackwardArgs args_;
+  Tensor y_;
+  Tensors grads_;
+  std::vector<GroupGradients> gradients_;
+};
+
+}  // namespace fastrnn
