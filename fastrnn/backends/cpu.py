@@ -44,7 +44,7 @@ class _Workspace(threading.local):
     Each thread has its own, and no call leaves anything in it for the next.
     """
 
-    def __init__(self, keep: int = 64 << 20) -> None:
+    def __init__(self, keep: int = 128 << 20) -> None:
         self._most = keep  # bytes; a larger one goes back at once
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
