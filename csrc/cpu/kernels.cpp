@@ -64,7 +64,11 @@ KernelTable make_table() {
   table.lanes[static_cast<int>(Dtype::f32)] = table.lanes[static_cast<int>(Dtype::bf16)] = kLanes<float>;
   table.lanes[static_cast<int>(Dtype::f64)] = kLanes<double>;
   for (int& rows : table.rows_to_fetch) rows = 4;
-  if (kTiles) table.rows_to_fetch[static_cast<int>(Dtype::bf16)] = 26;
+  for (int& lines : table.lines_to_share) lines = 75;
+  if (kTiles) {  // whose loads are of 16 lines at once
+    table.rows_to_fetch[static_cast<int>(Dtype::bf16)] = 26;
+    table.lines_to_share[static_cast<int>(Dtype::bf16)] = 38;
+  }
   add_cells(table, AllCells{});
   table.fma_peak = fma_peak;
   return table;
