@@ -148,10 +148,7 @@ def scan(
 
     The arguments are those of :class:`fastrnn.backends.Backend`, already checked.
     """
-    x, batch_sizes, lengths, reset, states, weights = inputs
-    grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *states, *weights)
-    )
+    grad = _wants_gradients(inputs)
     problem = ops.describe(cell, inputs, reverse, batch, all_states, grad)
     backend = choose(problem)
     if recompute and grad and recompute < problem.T:
@@ -162,12 +159,32 @@ def scan(
         from . import transforms  # which needs this module
 
         return transforms.scan(backend.name, problem, inputs)
-    if not grad:
-        return run_forward(backend.name, problem, inputs, False)[:4]
+    return _run(backend.name, problem, inputs)
+
+
+def run(
+    backend: str, problem: Problem, inputs: Inputs
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Run what :func:`scan` has chosen, of inputs that no transform wraps any more."""
+    return _run(backend, problem._replace(grad=_wants_gradients(inputs)), inputs)
+
+
+def _run(
+    backend: str, problem: Problem, inputs: Inputs
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    if not problem.grad:
+        return run_forward(backend, problem, inputs, False)[:4]
+    x, batch_sizes, lengths, reset, states, weights = inputs
     outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = Scan.apply(  # type: ignore[no-untyped-call]
-        backend.name, problem, x, batch_sizes, lengths, reset, *states, *weights
+        backend, problem, x, batch_sizes, lengths, reset, *states, *weights
     )
     return outputs
+
+
+def _wants_gradients(inputs: Inputs) -> bool:
+    return torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (inputs.x, *inputs.states, *inputs.weights)
+    )
 
 
 def _recomputing(backend: Backend, every: int, problem: Problem) -> Backend:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from . import ops
-from .autograd import run_backward, run_forward
+from .autograd import run, run_backward, run_forward
 from .backends import REFERENCE, Grads, Inputs, Outputs, Problem, by_name
 
 _Dims = Sequence[int | None]  # of each tensor, the axis that a vmap has hidden
@@ -227,10 +228,10 @@ class _Members:
         steps, states = (2, 0) if self.groups else (1, 1)
         has_c, has_every = self.one.cell.states > 1, self.one.all_states
         found = (
-            self._part(y, steps),
-            self._part(h_n, states),
-            self._part(c_n, states) if has_c else c_n,
-            self._part(c, steps) if has_every else c,
+            self.part(y, steps),
+            self.part(h_n, states),
+            self.part(c_n, states) if has_c else c_n,
+            self.part(c, steps) if has_every else c,
             *saved,
         )
         dims = (steps, states, states if has_c else None, steps if has_every else None)
@@ -249,14 +250,14 @@ class _Members:
             parted.append(self._part_dx(next(each)))
             dims.append(2 if self.groups else 1)
         for _ in filter(None, call.needs[1:5]):
-            parted.append(self._part(next(each), states))
+            parted.append(self.part(next(each), states))
             dims.append(states)
         weights = list(each)
         if self.groups:
             wanted = len(weights) // self.V
             parted += [torch.stack(weights[k::wanted]) for k in range(wanted)]
         elif call.samples > 1:
-            parted += [self._part(w, 0) for w in weights]
+            parted += [self.part(w, 0) for w in weights]
         else:
             parted += [w if self.V > 1 else w.unsqueeze(0) for w in weights]
         dims += [0] * (len(parted) - len(dims))
@@ -264,13 +265,13 @@ class _Members:
 
     def _part_dx(self, dx: Tensor) -> Tensor:
         if not self.groups:
-            return self._part(dx, 1)
-        dx = self._part(dx, 2)
+            return self.part(dx, 1)
+        dx = self.part(dx, 2)
         if self.one.grouped or self.one.G == 1:
             return dx
         return _unflatten(dx, 3, self.one.G).sum(3)
 
-    def _part(self, tensor: Tensor, axis: int) -> Tensor:
+    def part(self, tensor: Tensor, axis: int) -> Tensor:
         return _unflatten(tensor, axis, self.V)
 
     def _merge(self, tensor: Tensor | None, dim: int | None, axis: int) -> Tensor | None:
@@ -288,6 +289,13 @@ def scan(
     backend: str, problem: Problem, inputs: Inputs
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer under torch.func's transforms: y, h_n, c_n and c."""
+    if not torch._C._are_functorch_transforms_active():
+        return run(backend, problem, inputs)
+    level = retrieve_current_functorch_interpreter()
+    if isinstance(level, VmapInterpreter):
+        found = _scan_members(backend, problem, inputs, level)
+        if found is not None:
+            return found
     x, batch_sizes, lengths, reset, states, weights = inputs
     tensors = [x, *states, *weights]
     if not torch.is_grad_enabled():  # which an autograd.Function does not hand down the levels
@@ -298,6 +306,39 @@ def scan(
         call, tensors[0], batch_sizes, lengths, reset, *tensors[1:]
     )
     return ops.structured(problem, outputs)[:4]
+
+
+def _scan_members(
+    backend: str, problem: Problem, inputs: Inputs, level: VmapInterpreter
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+    """One call for all members of the innermost transform, a vmap; None where it cannot serve them.
+
+    :class:`Forward`'s rule does the same. But autograd.Function takes ten times as long to get to
+    it as this, and where only vmaps are active nothing needs to be a Function."""
+    unwrap, number = torch._C._functorch._unwrap_batched, level.level()
+    tensors = (*inputs[:4], *inputs.states, *inputs.weights)
+    pairs = [(None, None) if t is None else unwrap(t, number) for t in tensors]
+    given, dims = zip(*pairs, strict=True)
+    if all(d is None for d in dims):
+        with level.lower():
+            return scan(backend, problem, _inputs(given))
+    members = _Members.of(level.batch_size(), problem, dims)
+    if members is None or by_name(backend).supports(members.problem):
+        return None
+    with level.lower():
+        ours = _inputs(members.inputs(given, dims))
+        y, h_n, c_n, c = scan(backend, members.problem, ours)
+        steps, states = (2, 0) if members.groups else (1, 1)
+        found = [(members.part(y, steps), steps), (members.part(h_n, states), states)]
+        found += [] if c_n is None else [(members.part(c_n, states), states)]
+        found += [] if c is None else [(members.part(c, steps), steps)]
+    wrapped = iter([torch._C._functorch._add_batch_dim(t, d, number) for t, d in found])
+    return (
+        next(wrapped),
+        next(wrapped),
+        None if c_n is None else next(wrapped),
+        None if c is None else next(wrapped),
+    )
 
 
 def _unflatten(tensor: Tensor, axis: int, size: int) -> Tensor:
