@@ -236,6 +236,9 @@ class TileScope {
   TileScope& operator=(const TileScope&) = delete;
 };
 
+// A row alone leaves a tile emptier than the vectors' slower arithmetic costs.
+inline constexpr int kVectorRows = 1;
+
 // A run of rows cut into blocks: of nearly equal height, so that none is left a thin, slow one, or, for tiles, of 32
 // and a rest.
 template <class T>
@@ -251,7 +254,9 @@ class RowBlocks {
 
   static Block<T> kernel(int nv, int rows) {
 #if defined(__AMX_BF16__)
-    if constexpr (kPair<T> == 2) return find_tile_block(nv, rows);
+    if constexpr (kPair<T> == 2) {
+      if (rows > kVectorRows) return find_tile_block(nv, rows);
+    }
 #endif
     return find_block<T>(nv, rows);
   }
