@@ -8,14 +8,22 @@ left."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
+from torch._C._functorch import TransformType
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.pyfunctorch import (
+    FuncTorchInterpreter,
+    VmapInterpreter,
+    retrieve_all_functorch_interpreters,
+    retrieve_current_functorch_interpreter,
+)
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from . import ops
 from .autograd import run, run_backward, run_forward
@@ -296,6 +304,10 @@ def scan(
         found = _scan_members(backend, problem, inputs, level)
         if found is not None:
             return found
+    elif _is_alone(inputs, level):
+        found = _scan_differentiated(backend, problem, inputs)
+        if found is not None:
+            return found
     x, batch_sizes, lengths, reset, states, weights = inputs
     tensors = [x, *states, *weights]
     if not torch.is_grad_enabled():  # which an autograd.Function does not hand down the levels
@@ -315,10 +327,7 @@ def _scan_members(
 
     :class:`Forward`'s rule does the same. But autograd.Function takes ten times as long to get to
     it as this, and where only vmaps are active nothing needs to be a Function."""
-    unwrap, number = torch._C._functorch._unwrap_batched, level.level()
-    tensors = (*inputs[:4], *inputs.states, *inputs.weights)
-    pairs = [(None, None) if t is None else unwrap(t, number) for t in tensors]
-    given, dims = zip(*pairs, strict=True)
+    given, dims = _unwrap_members((*inputs[:4], *inputs.states, *inputs.weights), level)
     if all(d is None for d in dims):
         with level.lower():
             return scan(backend, problem, _inputs(given))
@@ -329,16 +338,189 @@ def _scan_members(
         ours = _inputs(members.inputs(given, dims))
         y, h_n, c_n, c = scan(backend, members.problem, ours)
         steps, states = (2, 0) if members.groups else (1, 1)
-        found = [(members.part(y, steps), steps), (members.part(h_n, states), states)]
-        found += [] if c_n is None else [(members.part(c_n, states), states)]
-        found += [] if c is None else [(members.part(c, steps), steps)]
-    wrapped = iter([torch._C._functorch._add_batch_dim(t, d, number) for t, d in found])
-    return (
-        next(wrapped),
-        next(wrapped),
-        None if c_n is None else next(wrapped),
-        None if c is None else next(wrapped),
-    )
+        parts = [
+            None if t is None else members.part(t, axis)
+            for t, axis in ((y, steps), (h_n, states), (c_n, states), (c, steps))
+        ]
+    return _wrap_members(parts, (steps, states, states, steps), level)
+
+
+def _unwrap_members(
+    tensors: Sequence[Tensor | None], level: VmapInterpreter
+) -> tuple[tuple[Tensor | None, ...], _Dims]:
+    """What a vmap has wrapped, and the axes that it hides."""
+    unwrap, number = torch._C._functorch._unwrap_batched, level.level()
+    pairs = [(None, None) if t is None else unwrap(t, number) for t in tensors]
+    given, dims = zip(*pairs, strict=True)
+    return given, dims
+
+
+def _wrap_members(tensors: Sequence[Tensor | None], axes: _Dims, level: VmapInterpreter) -> Any:
+    """Undo :func:`_unwrap_members`."""
+    wrap, number = torch._C._functorch._add_batch_dim, level.level()
+    pairs = zip(tensors, axes, strict=True)
+    return tuple(None if t is None else wrap(t, axis, number) for t, axis in pairs)
+
+
+_Pull = Callable[[Call, Grads], Sequence[Tensor]]  # a backward pass, of the call that ran forward
+
+
+class _Differentiated(_SingleLevelFunction):  # type: ignore[misc, valid-type]
+    """A layer under the one transform that differentiates it, with vmaps around that.
+
+    It does what :class:`Forward` does there, ten times as soon: torch makes a class of each Function
+    for each call and each level. `run` is :func:`_forward_and_pull` of the call."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, run: Any, *tensors: Any) -> Any:
+        level = retrieve_current_functorch_interpreter()
+        outputs, ctx.pull = run
+        ctx.call, ctx.level = call, level.level()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        return _wrap_tracked(outputs, level)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _, _, need_x, _, _, _, *need_rest = needed = ctx.needs_input_grad
+        if all(g is None for g in grads):
+            return (None,) * len(needed)
+        call, tensors = replace(ctx.call, needs=(need_x, *need_rest)), ctx.saved_tensors
+        if _is_inside(ctx.level, tensors):
+            with enable_single_level_autograd_function():
+                found = _Pulled.apply((call, ctx.pull), *tensors, *grads)
+        elif forward_ad._current_level >= 0:
+            found = _plain_gradients(call, _inputs(tensors), Grads(*grads))
+        else:  # the transform is over, and others may be active: what they see begins anew
+            y, _, _, _, *saved = Forward.apply(call, *tensors)  # type: ignore[no-untyped-call]
+            found = Backward.apply(call, *tensors, *grads, y, *saved)  # type: ignore[no-untyped-call]
+        each = iter(found)
+        places = (False, False, need_x, False, False, False, *need_rest)
+        return tuple(next(each) if need else None for need in places)
+
+
+class _Pulled(_SingleLevelFunction):  # type: ignore[misc, valid-type]
+    """Its backward pass, which has derivatives as :class:`Backward` has."""
+
+    @staticmethod
+    def forward(ctx: Any, how: tuple[Call, _Pull], *tensors: Any) -> Any:
+        level = retrieve_current_functorch_interpreter()
+        call, pull = how
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        grads = _unwrap_tracked(tensors[call.inputs :], level)
+        with level.lower():
+            found = pull(call, Grads(*grads))
+        return _wrap_tracked(found, level)
+
+    backward = Backward.backward
+
+
+def _scan_differentiated(
+    backend: str, problem: Problem, inputs: Inputs
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+    """The call under the innermost transform, which differentiates; None where the vmaps around it
+    do not fold into one call."""
+    level = retrieve_current_functorch_interpreter()
+    call = Call(backend, problem._replace(grad=True))
+    tensors = (*inputs[:4], *inputs.states, *inputs.weights)
+    given = _unwrap_tracked(tensors, level)
+    wants_dx = inputs.x.requires_grad
+    with torch.no_grad(), level.lower():
+        run = _forward_and_pull(call, given, wants_dx)
+    if run is None:
+        return None
+    with enable_single_level_autograd_function():
+        outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = _Differentiated.apply(
+            call, run, *tensors
+        )
+    return outputs
+
+
+def _forward_and_pull(
+    call: Call, tensors: Sequence[Any], wants_dx: bool
+) -> tuple[Sequence[Tensor | None], _Pull] | None:
+    """Under vmaps alone, a forward pass and what runs its backward pass; None where a vmap does not
+    fold."""
+    if not torch._C._are_functorch_transforms_active():
+        inputs = _inputs(tensors)
+        y, h_n, c_n, c, saved = run_forward(call.backend, call.problem, inputs, True)
+
+        def pull_kernel(call: Call, grads: Grads) -> Sequence[Tensor]:
+            return run_backward(
+                call.backend, call.problem, inputs, y, saved, grads, call.needs, call.samples
+            )
+
+        return (y, h_n, c_n, c), pull_kernel
+    level = retrieve_current_functorch_interpreter()
+    given, dims = _unwrap_members(tensors, level)
+    members = _Members.of(level.batch_size(), call.problem, dims)
+    if members is None or by_name(call.backend).supports(members.problem):
+        return None
+    if all(d is None for d in dims) or (members.groups and wants_dx and not members.own_x):
+        return None
+    with level.lower():
+        whole = replace(call, problem=members.problem)
+        run = _forward_and_pull(whole, members.inputs(given, dims), wants_dx)
+        if run is None:
+            return None
+        outputs, pull_all = run
+        steps, states = (2, 0) if members.groups else (1, 1)
+        axes = (steps, states, states, steps)
+        parts = [
+            None if t is None else members.part(t, axis)
+            for t, axis in zip(outputs, axes, strict=True)
+        ]
+
+    def pull(call: Call, grads: Grads) -> Sequence[Tensor]:
+        now = retrieve_current_functorch_interpreter()
+        values, grads_dims = _unwrap_members(grads, now)
+        with now.lower():
+            outer = Grads(*members.grads(values, grads_dims))
+            parts, axes = members.gradients(call, pull_all(members.backward_call(call), outer))
+        found: Sequence[Tensor] = _wrap_members(parts, axes, now)
+        return found
+
+    return _wrap_members(parts, axes, level), pull
+
+
+def _is_alone(inputs: Inputs, top: FuncTorchInterpreter) -> bool:
+    """Whether the innermost transform differentiates the layer, and no other one, nor autograd
+    outside of all, does."""
+    if forward_ad._current_level >= 0 or not torch.is_grad_enabled():
+        return False
+    *outer, _ = retrieve_all_functorch_interpreters()
+    if top.key() != TransformType.Grad or not all(isinstance(i, VmapInterpreter) for i in outer):
+        return False
+    tensors = (inputs.x, *inputs.states, *inputs.weights)
+    below = _unwrap_tracked(tensors, top)
+    tracked = any(t is not None and t.requires_grad for t in tensors)
+    return tracked and not any(t is not None and _is_tracked(t) for t in below)
+
+
+def _is_inside(level: int, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the transform of that number that wrapped these tensors is the innermost one still."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    if retrieve_current_functorch_interpreter().level() != level:
+        return False
+    # The number may be another's by now; then the tensors' wrappers are dead.
+    get_level = torch._C._functorch.maybe_get_level
+    return any(t is not None and get_level(t) == level for t in tensors)
+
+
+def _unwrap_tracked(
+    tensors: Sequence[Tensor | None], level: FuncTorchInterpreter
+) -> list[Tensor | None]:
+    unwrap, number = torch._C._functorch._unwrap_for_grad, level.level()
+    return [None if t is None else unwrap(t, number) for t in tensors]
+
+
+def _wrap_tracked(
+    tensors: Sequence[Tensor | None], level: FuncTorchInterpreter
+) -> tuple[Tensor | None, ...]:
+    wrap, number = torch._C._functorch._wrap_for_grad, level.level()
+    return tuple(None if t is None else wrap(t, number) for t in tensors)
 
 
 def _unflatten(tensor: Tensor, axis: int, size: int) -> Tensor:

@@ -420,6 +420,61 @@ def test_forward_mode_of_a_pullback(cell: str, backend: str) -> None:
 
 @cells
 @backends
+@pytest.mark.parametrize("mapped", [False, True])
+def test_one_level_differentiated_twice(cell: str, backend: str, mapped: bool) -> None:
+    """Autograd inside of grad, on what grad differentiates."""
+    (x, *weights), layer = small(cell, Case(3, 2, 2, 3, hx=False))
+    loss, w_hh = loss_of(layer), weights[1]
+
+    def penalty(x: Tensor, w: Tensor) -> Tensor:
+        value = loss(x, weights[0], w, *weights[2:])
+        return torch.autograd.grad(value, w, create_graph=True)[0].square().sum()
+
+    function = grad(penalty, (0, 1))
+    if mapped:
+        x = torch.stack([x, x + 1])
+        function = vmap(function, (0, None))
+    found = []
+    for name in (backend, "reference"):
+        with using(name):
+            found.append(function(x, w_hh))
+    torch.testing.assert_close(found[0], found[1])
+
+
+@cells
+@backends
+def test_pullbacks_outlive_their_transform(cell: str, backend: str) -> None:
+    """Called twice, after the transform and inside of another one that has its place."""
+    leaves, layer = small(cell)
+    found = []
+    for name in (backend, "reference"):
+        with using(name):
+            y, pull = vjp(lambda *leaves: layer(*leaves)[0], *leaves)
+            direction = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+            again = grad(lambda d: torch.stack([g.square().sum() for g in pull(d)]).sum())
+            found.append([*pull(direction), *pull(direction), again(direction)])
+    torch.testing.assert_close(found[0], found[1])
+
+
+@cells
+@backends
+def test_autograd_around_per_sample_gradients(cell: str, backend: str) -> None:
+    (x, *weights), layer = small(cell)
+    loss = loss_of(layer)
+    samples = torch.randn(3, *x.shape, dtype=torch.float64, requires_grad=True)
+    given = [w.requires_grad_() for w in weights]
+    dims = (0, *(None,) * len(weights))
+    found = []
+    for name in (backend, "reference"):
+        with using(name):
+            each = vmap(grad(loss, tuple(range(len(dims)))), dims)(samples, *given)
+        penalty = torch.stack([g.square().sum() for g in each]).sum()
+        found.append((each, torch.autograd.grad(penalty, (samples, *given))))
+    torch.testing.assert_close(found[0], found[1])
+
+
+@cells
+@backends
 def test_autograd_around_vmap(cell: str, backend: str) -> None:
     """Gradients and gradients of gradients of tensors that vmap does not know to require any."""
     (x, *weights), layer = small(cell)
