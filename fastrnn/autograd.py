@@ -156,9 +156,9 @@ def scan(
     if backend.differentiable:
         return backend.forward(problem, inputs, False)[:4]
     if torch._C._are_functorch_transforms_active():
-        from . import transforms  # which needs this module
+        from . import levels  # which needs this module
 
-        return transforms.scan(backend.name, problem, inputs)
+        return levels.scan(backend.name, problem, inputs)
     return _run(backend.name, problem, inputs)
 
 

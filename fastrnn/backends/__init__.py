@@ -117,7 +117,7 @@ def refusal(candidate: Backend, problem: Problem) -> str | None:
 
 
 def _transforms_refusal() -> str | None:
-    """Why the kernels, which :mod:`fastrnn.transforms` runs, do not serve what is active."""
+    """Why the kernels, which :mod:`fastrnn.levels` runs, do not serve what is active."""
     if torch.compiler.is_compiling():
         return "a torch.func transform is being compiled, which needs plain torch operations"
     for level in retrieve_all_functorch_interpreters():
