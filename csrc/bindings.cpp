@@ -168,6 +168,7 @@ py::dict cells() {
 PYBIND11_MODULE(_C, m) {
   using namespace fastrnn;
   m.doc() = "fastrnn's CPU kernels; see fastrnn/backends/cpu.py.";
+  find_table();
   m.attr("unit_pad") = kUnitPad;
   m.attr("max_groups") = kMaxGroups;
   m.def("cells", &cells, "name -> (index, gates, states, saved, shared_dgates)");

@@ -10,7 +10,10 @@ namespace py = pybind11;
 namespace fastrnn {
 namespace {
 
-const dlpack::Table* find_table() {
+const dlpack::Table* published = nullptr;
+const dlpack::Table* in_use = nullptr;
+
+const dlpack::Table* published_table() {
   const py::object tensor = py::module_::import("torch").attr("Tensor");
   if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return nullptr;
   const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
@@ -18,16 +21,6 @@ const dlpack::Table* find_table() {
   if (!table) throw py::error_already_set();
   while (table && table->major > dlpack::kMajor) table = table->previous;
   return table && table->major == dlpack::kMajor && table->read ? table : nullptr;
-}
-
-const dlpack::Table* table_of_torch() {
-  static const dlpack::Table* const table = find_table();
-  return table;
-}
-
-const dlpack::Table*& table_in_use() {
-  static const dlpack::Table* table = table_of_torch();
-  return table;
 }
 
 int dtype_of(dlpack::Type type) {
@@ -54,7 +47,7 @@ Tensor::Tensor(py::handle object) {
   if (object.is_none()) return;
   given_ = true;
   object_ = py::reinterpret_borrow<py::object>(object);
-  if (table_in_use()) {
+  if (in_use) {
     read_table(object);
   } else {
     read_methods(object);
@@ -63,7 +56,7 @@ Tensor::Tensor(py::handle object) {
 
 void Tensor::read_table(py::handle object) {
   dlpack::DeviceTensor read;
-  if (table_in_use()->read(object.ptr(), &read)) throw py::error_already_set();
+  if (in_use->read(object.ptr(), &read)) throw py::error_already_set();
   if (read.device_type != dlpack::kCpu) throw std::invalid_argument("a tensor is not on the CPU");
   check_dims(read.ndim);
   data_ = static_cast<char*>(read.data) + read.byte_offset;
@@ -115,11 +108,13 @@ Tensor Tensor::contiguous() const {
   return Tensor(object_.attr("contiguous")());
 }
 
-bool reads_by_table() { return table_in_use() != nullptr; }
+void find_table() { in_use = published = published_table(); }
+
+bool reads_by_table() { return in_use != nullptr; }
 
 void read_by_table(bool wanted) {
-  if (wanted && !table_of_torch()) throw std::invalid_argument("this torch publishes no table");
-  table_in_use() = wanted ? table_of_torch() : nullptr;
+  if (wanted && !published) throw std::invalid_argument("this torch publishes no table");
+  in_use = wanted ? published : nullptr;
 }
 
 }  // namespace fastrnn

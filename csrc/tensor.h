@@ -49,7 +49,9 @@ class Tensor {
   std::array<int64_t, kMaxDims> sizes_{}, strides_{};
 };
 
-// Whether tensors are read through the table. Setting it is for tests; true where torch has none raises
+// Looks for the table, once and before all else: importing torch may let other threads run.
+void find_table();
+// Whether tensors are read through the table. Setting it is for tests; true where torch has none throws
 // std::invalid_argument.
 bool reads_by_table();
 void read_by_table(bool wanted);
