@@ -12,9 +12,12 @@ namespace FASTRNN_ISA {
 template <class Cell, class T>
 struct BackwardLayout {
   using A = Acc<T>;
+  // The GEMM with W_hh reads the step after's dgates where they were put for dW_hh. Not so tiles: they read past the
+  // last row, into what another thread may be writing.
+  static constexpr bool kCopies = kRowPad<T> > 1;
   struct GroupBuffers {
     Panels<T> hh, hr;          // W_hh and W_hr by columns
-    T* dgates[2];              // [B, depth] of the step after, in turn: the GEMM's A
+    T* dgates[2];              // [B, depth] of the step after, in turn, where kCopies
     T* dh;                     // [B, products.proj_depth] of the projected states: likewise
     A* dstates[Cell::states];  // [blocks, B, kUnitPad] passed back past W_hh
     T* h0;                     // [B, Op] initial states, zeros where none were given
@@ -40,7 +43,7 @@ struct BackwardLayout {
       buffers.hh = panels(args.out(), vectors, depth, plan.pack);
       buffers.hr = panels(args.H, plan.panel_vectors, products.proj_depth, args.P > 0);
       const int64_t rows = args.seq.B + kRowPad<T> * plan.row_parts;
-      for (T*& d : buffers.dgates) d = arena_.template take<T>(rows * depth);
+      for (T*& d : buffers.dgates) d = arena_.template take<T>(kCopies ? rows * depth : 0);
       buffers.dh = arena_.template take<T>(args.P ? rows * products.proj_depth : 0);
       for (int k = 0; k < Cell::states; ++k) buffers.dstates[k] = arena_.template take<A>(args.seq.B * (k ? Hp : Op));
       buffers.h0 = arena_.template take<T>(args.seq.B * Op);
@@ -130,7 +133,9 @@ class BackwardScan {
   void start_states() {
     for (int64_t j = 0; j < share_.count(seq_.B); ++j) {
       const int64_t b = share_.row(j);
-      for (T* d : buffers_.dgates) clear_padding(d + b * layout_.depth);
+      if constexpr (Layout::kCopies) {
+        for (T* d : buffers_.dgates) clear_padding(d + b * layout_.depth);
+      }
       start_state(buffers_.dstates[0], b, dh_n_, out_units_, out_);
       T* const h = buffers_.h0 + b * layout_.Op;
       for (int64_t u = out_units_.begin; u < out_units_.end; ++u) h[u] = h0_ && u < out_ ? h0_[b * out_ + u] : T{};
@@ -160,8 +165,12 @@ class BackwardScan {
     for (int64_t u = begin; u < end; ++u) row[u] = T{};
   }
 
-  // dgates of step s + 1, my rows, depth * row_parts apart.
-  const T* dgates_after(int64_t s) const { return buffers_.dgates[(s + 1) & 1] + share_.row(0) * layout_.depth; }
+  // dgates of step s + 1, my rows, depth * row_parts apart. Past the last step there are none.
+  const T* dgates_after(int64_t s) const {
+    if constexpr (Layout::kCopies) return buffers_.dgates[(s + 1) & 1] + share_.row(0) * layout_.depth;
+    if (s + 1 == seq_.T) return nullptr;
+    return dgates_h_ + (seq_.offset(group_.step_to_time(s + 1, seq_.T)) + share_.row(0)) * layout_.depth;
+  }
 
   // Calls body(first row, rows, panel) over my panels of `w` for runs of my first `rows` rows, `stage_` holding their
   // product with the panel. Row j of `a` is my j-th one.
@@ -219,7 +228,7 @@ class BackwardScan {
     typename Layout::Row r{};
     r.gates = strided_row(gates_ + seq_.offset(t) * Cell::saved * layout_.Hp, seq_.active(t), b, Cell::saved);
     r.dy = dy_ ? dy_ + n * args_.G * out_ : nullptr;
-    r.dgates = buffers_.dgates[s & 1] + b * layout_.depth;
+    if constexpr (Layout::kCopies) r.dgates = buffers_.dgates[s & 1] + b * layout_.depth;
     r.dgates_x = dgates_x_ + n * layout_.depth;
     r.dgates_h = dgates_h_ + n * layout_.depth;
     r.dh = args_.P ? buffers_.dh + b * buffers_.hr.depth : nullptr;
@@ -297,7 +306,7 @@ class BackwardScan {
     if (!row.dh) store(row.dstates[0].vector(u), ds[0]);
     for (int k = 1; k < Cell::states; ++k) store(row.dstates[k].vector(u), ds[k]);
     for (int k = 0; k < Cell::gates; ++k) {
-      store(row.dgates + k * layout_.Hp + u, dr[k]);
+      if constexpr (Layout::kCopies) store(row.dgates + k * layout_.Hp + u, dr[k]);
       store(row.dgates_x + k * layout_.Hp + u, dx[k]);
       if (!Cell::shared_dgates) store(row.dgates_h + k * layout_.Hp + u, dr[k]);
     }
