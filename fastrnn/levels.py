@@ -1,8 +1,8 @@
 """Layers under torch.func, from the innermost transform outwards.
 
-What the Functions of :mod:`fastrnn.transforms` do for every nesting is done here by hand, and ten
-times as soon, for the common ones: an innermost vmap, and one transform that differentiates, with
-vmaps around it."""
+What the Functions of :mod:`fastrnn.transforms` do for every nesting is done here by hand, without
+the machinery that torch puts around each Function, for the common ones: an innermost vmap, and one
+transform that differentiates, with vmaps around it."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def _scan_members(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
     """One call for all members of the innermost transform, a vmap; None where it cannot serve them.
 
-    :class:`Forward`'s rule does the same. But autograd.Function takes ten times as long to get to
-    it as this, and where only vmaps are active nothing needs to be a Function."""
+    :class:`Forward`'s rule does the same. But torch takes longer to get to that rule than a small
+    layer takes to run, and where only vmaps are active nothing needs to be a Function."""
     given, dims = _unwrap_members((*inputs[:4], *inputs.states, *inputs.weights), level)
     if all(d is None for d in dims):
         with level.lower():
@@ -106,7 +106,7 @@ _Pull = Callable[[Call, Grads], Sequence[Tensor]]  # a backward pass, of the cal
 class _Differentiated(_SingleLevelFunction):
     """A layer under the one transform that differentiates it, with vmaps around that.
 
-    It does what :class:`Forward` does there, ten times as soon: of a Function torch makes a new
+    It does what :class:`Forward` does there, without its cost: of a Function torch makes a new
     class for each call and each level. `run` is :func:`_forward_and_pull` of the call."""
 
     @staticmethod
@@ -115,21 +115,23 @@ class _Differentiated(_SingleLevelFunction):
         outputs, ctx.pull = run
         ctx.call, ctx.level = call, level.level()
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        return _wrap_tracked(outputs, level)
+        y, *others = _wrap_tracked(outputs, level)
+        ctx.save_for_backward(*tensors, y)  # so that autograd sees y changed before `pull` reads it
+        return y, *others
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _, _, need_x, _, _, _, *need_rest = needed = ctx.needs_input_grad
         if all(g is None for g in grads):
             return (None,) * len(needed)
-        call, tensors = replace(ctx.call, needs=(need_x, *need_rest)), ctx.saved_tensors
+        call = replace(ctx.call, needs=(need_x, *need_rest))
+        *tensors, _ = ctx.saved_tensors
         if _is_inside(ctx.level, tensors):
             with single_level.enable_single_level_autograd_function():  # type: ignore[attr-defined]
                 found = _Pulled.apply((call, ctx.pull), *tensors, *grads)  # type: ignore[attr-defined]
         elif forward_ad._current_level >= 0:
             found = plain_gradients(call, as_inputs(tensors), Grads(*grads))
-        else:  # the transform is over, and others may be active: what they see begins anew
+        else:  # the transform is over, or others are active inside of it: they need it all anew
             y, _, _, _, *saved = Forward.apply(call, *tensors)  # type: ignore[no-untyped-call]
             found = Backward.apply(call, *tensors, *grads, y, *saved)  # type: ignore[no-untyped-call]
         each = iter(found)

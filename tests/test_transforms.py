@@ -458,6 +458,34 @@ def test_pullbacks_outlive_their_transform(cell: str, backend: str) -> None:
 
 @cells
 @backends
+@pytest.mark.parametrize("around", ["grad", "vmap of grad", "autograd of vmap"])
+def test_an_output_changed_in_place_is_noticed(cell: str, backend: str, around: str) -> None:
+    """The kernels' backward pass reads y, plain torch's does not."""
+    (x, *weights), layer = small(cell)
+    samples = torch.stack([x, x + 1])
+
+    def loss(x: Tensor, w: Tensor, change: bool = True) -> Tensor:
+        y = layer(x, weights[0], w, *weights[2:])[0]
+        return y.mul_(2).sum() if change else (y * 2).sum()
+
+    def gradient(change: bool) -> Tensor:
+        if around == "grad":
+            return grad(loss, 1)(x, weights[1], change)
+        if around == "vmap of grad":
+            return vmap(grad(loss, 1), (0, None, None))(samples, weights[1], change)
+        w = weights[1].clone().requires_grad_()
+        return torch.autograd.grad(vmap(lambda x: loss(x, w, change))(samples).sum(), w)[0]
+
+    with using(backend):
+        if by_name(backend).differentiable:
+            torch.testing.assert_close(gradient(True), gradient(False))
+            return
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradient(True)
+
+
+@cells
+@backends
 def test_autograd_around_per_sample_gradients(cell: str, backend: str) -> None:
     (x, *weights), layer = small(cell)
     loss = loss_of(layer)
