@@ -224,16 +224,19 @@ inline Block<bf16> find_tile_block(int nv, int rows) {
 class TileScope {
  public:
 #if defined(__AMX_BF16__)
-  TileScope() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
+  TileScope() { _tile_loadconfig(&kConfig); }
   ~TileScope() { _tile_release(); }
 #else
   TileScope() {}
 #endif
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
+
+#if defined(__AMX_BF16__)
+ private:
+  // Static: GCC believes that the intrinsic reads but eight bytes, and leaves out what fills the rest of a local one.
+  static constexpr TileConfig kConfig{};
+#endif
 };
 
 // A row alone leaves a tile emptier than the vectors' slower arithmetic costs.
