@@ -106,9 +106,9 @@ int64_t forward(const Tensor& workspace, int cell, int threads, const std::vecto
 int64_t backward(const Tensor& workspace, int cell, int threads, const std::vector<bool>& reverse, int64_t batch,
                  const Tensor& x, const Tensor& batch_sizes, const Tensor& h0, const Tensor& c0, const Tensors& weights,
                  const Tensor& y, const Tensors& saved, const Tensors& grads, const Tensors& dstates,
-                 const Tensors& dweights, const Tensors& factors) {
+                 const Tensors& dweights, int64_t samples, const Tensor& sample_of_row) {
   const Layer layer(cell, threads, reverse, batch, x, batch_sizes, h0, c0, weights);
-  const Backward pass(layer, y, saved, grads, dstates, dweights, factors);
+  const Backward pass(layer, y, saved, grads, dstates, dweights, samples, sample_of_row);
   return run(layer.call(), pass.args(), workspace);
 }
 

@@ -184,11 +184,11 @@ inline ForwardArgs forward_args(const Layer& layer, const Tensor& y, const Tenso
 // What backward reads and writes, with all the tensors that it keeps alive.
 class Backward {
  public:
-  // `grads` are those of y, h_n, c_n and c; `states` receives those of x, h0 and c0, `weights` those of the weights;
-  // `factors` is empty, or receives dgates_x, dgates_h and, with a projection, dprojection.
+  // `grads` are those of y, h_n, c_n and c; `states` receives those of x, h0 and c0, `weights` those of the weights, of
+  // each sample.
   Backward(const Layer& layer, const Tensor& y, const Tensors& saved, const Tensors& grads, const Tensors& states,
-           const Tensors& weights, const Tensors& factors)
-      : args_{layer.args()}, y_(y.contiguous()) {
+           const Tensors& weights, int64_t samples, const Tensor& sample_of_row)
+      : args_{layer.args()}, y_(y.contiguous()), sample_of_row_(sample_of_row.contiguous()) {
     require(grads.size() == 4 && states.size() == 3, "there are four outputs, and three inputs beside the weights");
     for (const Tensor& grad : grads) grads_.push_back(grad.contiguous());
     const Saved each(layer, saved);
@@ -197,8 +197,8 @@ class Backward {
     args_.cells = each.cells;
     args_.whole_h = each.whole_h;
     take_grads(states);
+    take_samples(samples);
     take_weights(layer, weights);
-    if (!factors.empty()) take_factors(layer, factors);
   }
   Backward(const Backward&) = delete;
   Backward& operator=(const Backward&) = delete;
@@ -228,7 +228,7 @@ class Backward {
     const int64_t rows = layer.call().cell.gates * args_.H;
     const int64_t sizes[] = {rows * args_.I, rows * args_.out(), rows, rows, args_.P * args_.H};
     for (size_t k = 0; k < weights.size(); ++k) {
-      require(weights[k].fits(sizes[k % each]), "the gradient of a weight has another size");
+      require(weights[k].fits(args_.samples.number * sizes[k % each]), "the gradient of a weight has another size");
     }
     for (size_t k = 0; k < weights.size(); k += each) {
       const Tensor* const d = &weights[k];
@@ -237,19 +237,19 @@ class Backward {
     args_.gradients = gradients_.data();
   }
 
-  void take_factors(const Layer& layer, const Tensors& factors) {
-    const int64_t rows = args_.G * args_.seq.N, gates = layer.call().cell.gates * args_.H;
-    require(factors.size() == (args_.P ? 3 : 2), "there are two factors, and one more with a projection");
-    require(factors[0].fits(rows * gates) && factors[1].fits(rows * gates) &&
-                factors.back().fits(rows * (args_.P ? args_.P : gates)),
-            "a factor has another size");
-    args_.dgates_x = factors[0].data();
-    args_.dgates_h = factors[1].data();
-    if (args_.P) args_.dprojection = factors[2].data();
+  void take_samples(int64_t number) {
+    require(number >= 1, "there must be a sample");
+    args_.samples = {number, sample_of_row_.data<const int64_t>()};
+    if (!sample_of_row_) return;
+    require(sample_of_row_.numel() == args_.seq.N, "each row belongs to a sample");
+    for (int64_t n = 0; n < args_.seq.N; ++n) {
+      const int64_t sample = args_.samples.of_row[n];
+      require(sample >= 0 && sample < number, "there is no such sample");
+    }
   }
 
   BackwardArgs args_;
-  Tensor y_;
+  Tensor y_, sample_of_row_;
   Tensors grads_;
   std::vector<GroupGradients> gradients_;
 };

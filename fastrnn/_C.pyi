@@ -52,7 +52,8 @@ def backward(
     grads: Sequence[Tensor | None],
     dstates: Sequence[Tensor | None],
     dweights: Sequence[Tensor | None],
-    factors: Sequence[Tensor],
+    samples: int,
+    sample_of_row: Tensor | None,
     /,
 ) -> int: ...
 

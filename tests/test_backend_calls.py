@@ -152,7 +152,10 @@ SAMPLES = [
     Case(4, 6, 5, 20, reverse=(False, True, True), grouped=True, bias=False),
     Case(5, 6, 3, 16, reverse=BOTH, lengths=(5, 4, 4, 2, 1, 1)),
     Case(5, 6, 3, 16, reverse=BOTH, ends=(5, 0, 4, 2, 3, 1), cuts=0.3, to=True),
+    Case(5, 6, 3, 16, ends=(0, 0, 4, 2, 3, 1)),
     Case(2, 6, 3, 16, ends=(0,) * 6),
+    Case(1, 3, 5, 20, reverse=BOTH),
+    Case(300, 3, 5, 20),
     Case(4, 6, 5, 17, P=4, reverse=BOTH),
 ]
 

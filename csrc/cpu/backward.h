@@ -365,23 +365,25 @@ template <class Cell, class T>
 void backward(const BackwardArgs& args, const Plan& plan, const Team& team, int thread) {
   const TileScope tiles;
   const BackwardLayout<Cell, T> layout(args, plan, args.workspace, thread);
-  Products<T> products(args, layout.products, team, plan.threads, Cell::gates, Cell::shared_dgates);
+  const Share share = Share::of(plan, team, args.G, thread);
+  Products<T> products(args, layout.products, team, share, Cell::gates, Cell::shared_dgates);
   if (thread == 0) products.prepare();
-  for (int g = 0; g < args.G; ++g) {
+  for (int64_t g = share.groups.begin; g < share.groups.end; ++g) {
     const Panels<T>&hh = layout.group[g].hh, &hr = layout.group[g].hr;
-    const Range mine = split(plan.pack ? hh.count : 0, plan.threads, thread);
+    const Range mine = share.packs(plan.pack ? hh.count : 0);
     const T* const w_hh = static_cast<const T*>(args.groups[g].w_hh);
     for (int64_t p = mine.begin; p < mine.end; ++p) pack_columns(hh, p, w_hh, Cell::gates, args.H, args.out());
-    const Range projected = split(args.P ? hr.count : 0, plan.threads, thread);
+    const Range projected = share.packs(args.P ? hr.count : 0);
     const T* const w_hr = static_cast<const T*>(args.groups[g].w_hr);
     for (int64_t p = projected.begin; p < projected.end; ++p) pack_columns(hr, p, w_hr, 1, args.P, args.H);
   }
   team.everyone->wait(plan.threads);
-  products.pack(thread, plan.threads);
-  const Share share = Share::of(plan, team, args.G, thread);
-  for (int g = share.group_begin; g < share.group_end; ++g) BackwardScan<Cell, T>(args, layout, share, g).run();
+  products.pack();
+  for (int64_t g = share.groups.begin; g < share.groups.end && share.scans; ++g) {
+    BackwardScan<Cell, T>(args, layout, share, static_cast<int>(g)).run();
+  }
   team.everyone->wait(plan.threads);
-  products.run(thread);
+  products.run();
 }
 
 template <class Cell, class T>

@@ -395,20 +395,21 @@ template <class Cell, class T>
 void forward(const ForwardArgs& args, const Plan& plan, const Team& team, int thread) {
   const TileScope tiles;
   const ForwardLayout<Cell, T> layout(args, plan, args.workspace, thread);
-  for (int g = 0; g < args.G; ++g) {
+  const Share share = Share::of(plan, team, args.G, thread);
+  for (int64_t g = share.groups.begin; g < share.groups.end; ++g) {
     const auto& buffers = layout.group[g];
-    const Range mine = split(buffers.hh.panels.count, plan.threads, thread);
+    const Range mine = share.packs(buffers.hh.panels.count);
     for (int64_t p = mine.begin; p < mine.end; ++p) {
       buffers.ih.pack(p);
       buffers.hh.pack(p);
     }
-    const Range projected = split(args.P ? buffers.hr.panels.count : 0, plan.threads, thread);
+    const Range projected = share.packs(args.P ? buffers.hr.panels.count : 0);
     for (int64_t p = projected.begin; p < projected.end; ++p) buffers.hr.pack(p);
   }
   team.everyone->wait(plan.threads);
-  const Share share = Share::of(plan, team, args.G, thread);
-  for (int g = share.group_begin; g < share.group_end; ++g) {
-    ForwardScan<Cell, T>(args, plan, layout, share, g).run();
+  if (!share.scans) return;
+  for (int64_t g = share.groups.begin; g < share.groups.end; ++g) {
+    ForwardScan<Cell, T>(args, plan, layout, share, static_cast<int>(g)).run();
   }
 }
 

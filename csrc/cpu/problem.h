@@ -105,8 +105,17 @@ struct ForwardArgs : LayerArgs {
   void* whole_h;    // [N, G H] likewise, for layers with a projection: what is projected
 };
 
+// Blocks of rows, whose weights' gradients come each apart.
+struct Samples {
+  int64_t number;
+  const int64_t* of_row;  // [N] which sample a row of a step belongs to, or null: equal runs of the rows of each step
+
+  // Of row b of its step, the n-th of all.
+  int64_t of(int64_t n, int64_t b, int64_t B) const { return of_row ? of_row[n] : b * number / B; }
+};
+
 struct GroupGradients {
-  void *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;  // as the weights, or null: not wanted
+  void *dw_ih, *dw_hh, *db_ih, *db_hh, *dw_hr;  // [samples] times as the weights, or null: not wanted
 };
 
 struct BackwardArgs : LayerArgs {
@@ -117,7 +126,7 @@ struct BackwardArgs : LayerArgs {
   void* dx;                                 // [N, I], of groups with their own inputs [N, G I], or null: not wanted
   void *dh0, *dc0;                          // [G, B, out], [G, B, H] or null
   const GroupGradients* gradients;          // [G]
-  void *dgates_x, *dgates_h, *dprojection;  // [G, N, gates H], twice, and [G, N, P], or null
+  Samples samples;
 
   // Inputs, each with a gradient of its own.
   int inputs() const { return x_stride_g ? G : 1; }

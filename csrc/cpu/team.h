@@ -39,17 +39,18 @@ class alignas(64) Barrier {
 };
 
 // What the threads of one call share: a barrier for everyone, one for each set of threads that shares rows and splits
-// units, and a counter of tasks taken.
+// units, and of each part of the threads a counter of tasks taken.
 struct Team {
   Barrier* everyone;
   Barrier* units;
   std::atomic<int64_t>* tasks;
 
-  int64_t next_task() const { return tasks->fetch_add(1, std::memory_order_relaxed); }
+  int64_t next_task(int part) const { return tasks[part].fetch_add(1, std::memory_order_relaxed); }
 };
 
 struct Range {
   int64_t begin, end;
+  int64_t size() const { return end - begin; }
 };
 
 constexpr Range split(int64_t n, int parts, int part) { return {n * part / parts, n * (part + 1) / parts}; }
@@ -64,29 +65,40 @@ struct Sweep {
         stride(step & 1 ? -1 : 1) {}
 };
 
-// One thread's part of a plan, no groups for a thread too many. Rows are dealt out in turn (row_part, row_part +
-// row_parts, ...), which stays balanced when rows sorted by length fall silent.
+// One thread's part of a plan. Groups are dealt out to parts of the threads, and then a group's rows and units to the
+// members of a part, of which some may be too many to scan. Rows are dealt out in turn (row_part, row_part + row_parts,
+// ...), which stays balanced when rows sorted by length fall silent.
 struct Share {
-  int group_begin, group_end;
+  int thread, threads;
+  int G, part, parts, member, members;
+  Range groups;  // of my part
+  bool scans;
   int row_part, row_parts, unit_part, unit_parts;
   Barrier* units;
 
   static Share of(const Plan& plan, const Team& team, int G, int thread) {
     Share s{};
-    const int per_group = plan.row_parts * plan.unit_parts;
-    const int group_part = thread / per_group;
-    if (group_part >= plan.group_parts) return s;
-    const Range groups = split(G, plan.group_parts, group_part);
-    s.group_begin = static_cast<int>(groups.begin);
-    s.group_end = static_cast<int>(groups.end);
+    s.thread = thread;
+    s.threads = plan.threads;
+    s.G = G;
+    s.parts = plan.group_parts;
+    s.members = plan.threads / plan.group_parts;
+    s.part = thread / s.members;
+    s.member = thread % s.members;
+    s.groups = s.groups_of(s.part);
+    s.scans = s.member < plan.row_parts * plan.unit_parts;
     s.row_parts = plan.row_parts;
     s.unit_parts = plan.unit_parts;
-    s.row_part = thread % per_group / plan.unit_parts;
-    s.unit_part = thread % plan.unit_parts;
-    s.units = team.units + group_part * plan.row_parts + s.row_part;
+    s.row_part = s.member / plan.unit_parts;
+    s.unit_part = s.member % plan.unit_parts;
+    s.units = team.units + s.part * plan.row_parts + s.row_part;
     return s;
   }
 
+  Range groups_of(int of_part) const { return split(G, parts, of_part); }
+  // What I do of the preparation of something that belongs to one of my groups, or to everyone.
+  Range packs(int64_t count) const { return split(count, members, member); }
+  Range packs_of_all(int64_t count) const { return split(count, threads, thread); }
   // How many of the first n rows are mine; the j-th of them is row(j).
   int64_t count(int64_t n) const { return n <= row_part ? 0 : ceil_div(n - row_part, row_parts); }
   int64_t row(int64_t j) const { return row_part + j * row_parts; }

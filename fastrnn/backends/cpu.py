@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .base import Grads, Inputs, Outputs, Problem, SavedShape
-from .samples import Samples
 from .segments import packed
 
 try:
@@ -129,9 +128,8 @@ class _Cpu:
         needs: Sequence[bool],
         samples: int,
     ) -> list[Tensor]:
-        apart = Samples(samples, problem.T, problem.B, None)
         if inputs.lengths is None and inputs.reset is None:
-            return _needed(_backward(problem, inputs, y, saved, grads, needs, apart), needs)
+            return _needed(_backward(problem, inputs, y, saved, grads, needs, samples), needs)
         ours, given, cuts = packed(problem, inputs)
         dy, d_every_c = (None if d is None else cuts.gather(d) for d in (grads.y, grads.c))
         dh_n, dc_n = (cuts.final_gradient(problem, d) for d in (grads.h_n, grads.c_n))
@@ -143,7 +141,8 @@ class _Cpu:
             saved,
             Grads(dy, dh_n, dc_n, d_every_c),
             (needs[0], h_wanted, c_wanted, False, False, *needs[5:]),
-            apart._replace(rows=cuts.rows),
+            samples,
+            None if samples == 1 else cuts.rows % problem.B // (problem.B // samples),
         )
         h_grads = (None, None) if dh is None else cuts.initial_gradient(problem, dh, grads.h_n)
         c_grads = (None, None) if dc is None else cuts.initial_gradient(problem, dc, grads.c_n)
@@ -191,31 +190,33 @@ def _backward(
     saved: list[Tensor],
     grads: Grads,
     needs: Sequence[bool],
-    apart: Samples,
+    samples: int,
+    sample_of_row: Tensor | None = None,
 ) -> list[Tensor | None]:
     """A dense batch, or a packed one: gradients of x, h0, c0, the two states at resets (None), and
     the weights."""
     G, B, H, x = problem.G, problem.B, problem.H, inputs.x
-    together = apart.number == 1
     dx = torch.empty_like(x, memory_format=_WHOLE) if needs[0] else None
     dh0 = x.new_empty(G, B, problem.out) if needs[1] else None
     dc0 = x.new_empty(G, B, H) if needs[2] else None
     dweights = [
-        torch.empty_like(w, memory_format=_WHOLE) if needed and together and w is not None else None
+        _empty_gradient(w, samples) if needed and w is not None else None
         for w, needed in zip(inputs.weights, needs[5:], strict=True)
     ]
-    factors: list[Tensor] = []  # dgates_x, dgates_h and dprojection
-    if not together:
-        widths = [problem.cell.gates * H] * 2 + [problem.P] * (problem.P > 0)
-        factors = [x.new_empty((G, y.shape[:-1].numel(), width)) for width in widths]
     states = (dx, dh0, dc0)
     _workspace.run(
-        _C.backward, *_layer(problem, inputs), y, saved, grads, states, dweights, factors
+        _C.backward,
+        *_layer(problem, inputs),
+        *(y, saved, grads, states, dweights, samples, sample_of_row),
     )
-    if not together:
-        whole_h = saved[-1] if problem.P else None
-        dweights = apart.weight_gradients(problem, inputs, y, whole_h, factors, needs[5:])
     return [dx, dh0, dc0, None, None, *dweights]
+
+
+def _empty_gradient(weight: Tensor, samples: int) -> Tensor:
+    """[*weight.shape], or [samples, *weight.shape]"""
+    if samples == 1:
+        return torch.empty_like(weight, memory_format=_WHOLE)
+    return weight.new_empty(samples, *weight.shape)
 
 
 def _forward_nothing(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
@@ -236,11 +237,12 @@ def _backward_nothing(
     saved: list[Tensor],
     grads: Grads,
     needs: Sequence[bool],
-    apart: Samples,
+    samples: int,
+    sample_of_row: Tensor | None = None,
 ) -> list[Tensor | None]:
     """What _backward answers for a batch of no segments."""
     dh0, dc0 = (y.new_empty((problem.G, 0, width)) for width in (problem.out, problem.H))
-    lead = () if apart.number == 1 else (apart.number,)
+    lead = () if samples == 1 else (samples,)
     dweights = [None if w is None else w.new_zeros((*lead, *w.shape)) for w in inputs.weights]
     return [torch.empty_like(inputs.x), dh0, dc0, None, None, *dweights]
 
