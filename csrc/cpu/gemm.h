@@ -107,12 +107,13 @@ inline constexpr int kPair = 1;
 template <>
 inline constexpr int kPair<bf16> = 2;
 
-// C begins with the rows at `init`: the bias, repeated by init_stride 0, or the C of an earlier part of K.
+// C, rows c_stride apart, begins with the rows at `init`: the bias, repeated by init_stride 0, or the C of an earlier part
+// of K.
 // `ahead` is weights soon wanted: one cache line of it is fetched into L2 for every k, so that panels that come from
 // beyond L2 arrive while earlier ones are multiplied.
 template <class T, int MR, int NV>
 void block(const T* a, int64_t lda, const T* panel, int64_t K, const Acc<T>* init, int64_t init_stride, Acc<T>* c,
-           const void* ahead) {
+           int64_t c_stride, const void* ahead) {
   using A = Acc<T>;
   AccVec<T> acc[MR * NV];
 #pragma GCC unroll 16
@@ -127,12 +128,15 @@ void block(const T* a, int64_t lda, const T* panel, int64_t K, const Acc<T>* ini
     multiply_add(acc, MR, NV, a + k, lda, panel);
     panel += NV * kLanes<A> * kPair<T>;
   }
-#pragma GCC unroll 64
-  for (int i = 0; i < MR * NV; ++i) store(c + i * kLanes<A>, acc[i]);
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(c + r * c_stride + v * kLanes<A>, acc[r * NV + v]);
+  }
 }
 
 template <class T>
-using Block = void (*)(const T*, int64_t, const T*, int64_t, const Acc<T>*, int64_t, Acc<T>*, const void*);
+using Block = void (*)(const T*, int64_t, const T*, int64_t, const Acc<T>*, int64_t, Acc<T>*, int64_t, const void*);
 
 template <class T, int NV, int MR>
 Block<T> find_block(int rows) {
@@ -168,7 +172,7 @@ struct TileConfig {
 // loaded once: tiles 0-3 accumulate, 4-5 hold A, 6-7 B.
 template <int NV, bool Two>
 void tile_block(const bf16* a, int64_t lda, const bf16* panel, int64_t K, const float* init, int64_t init_stride,
-                float* c, const void* ahead) {
+                float* c, int64_t c_stride, const void* ahead) {
   constexpr int ld = NV * 64;
   const char* line = static_cast<const char*>(ahead);
   for (int v = 0; v < NV; v += 2) {
@@ -194,10 +198,11 @@ void tile_block(const bf16* a, int64_t lda, const bf16* panel, int64_t K, const 
       }
       b += 16 * ld;
     }
-    _tile_stored(0, c + v * 16, ld);
-    if (pair) _tile_stored(1, c + v * 16 + 16, ld);
-    if constexpr (Two) _tile_stored(2, c + 16 * NV * 16 + v * 16, ld);
-    if (Two && pair) _tile_stored(3, c + 16 * NV * 16 + v * 16 + 16, ld);
+    float* const low_c = c + 16 * c_stride;
+    _tile_stored(0, c + v * 16, c_stride * 4);
+    if (pair) _tile_stored(1, c + v * 16 + 16, c_stride * 4);
+    if constexpr (Two) _tile_stored(2, low_c + v * 16, c_stride * 4);
+    if (Two && pair) _tile_stored(3, low_c + v * 16 + 16, c_stride * 4);
   }
 }
 
@@ -272,14 +277,14 @@ class RowBlocks {
 // C [rows, nv vectors] = init + A [rows, K] . panel, block by block; `next` is the panel wanted after this one.
 template <class T>
 void multiply_rows(const T* a, int64_t lda, int64_t rows, const T* panel, int64_t K, int nv, const Acc<T>* init,
-                   int64_t init_stride, Acc<T>* c, const T* next) {
+                   int64_t init_stride, Acc<T>* c, int64_t c_stride, const T* next) {
   constexpr int lanes = kLanes<Acc<T>>;
   const RowBlocks<T> blocks(rows, nv);
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const int64_t begin = blocks.begin(i);
     const T* const ahead = i < nv ? next + i * K * lanes : panel;
     blocks.kernel(nv, blocks.size(i))(a + begin * lda, lda, panel, K, init + begin * init_stride, init_stride,
-                                      c + begin * nv * lanes, ahead);
+                                      c + begin * c_stride, c_stride, ahead);
   }
 }
 
@@ -292,7 +297,7 @@ void multiply_deep(const T* a, int64_t lda, int64_t rows, const T* panel, int64_
   for (int64_t k = 0; k < K; k += most) {
     const int64_t depth = K - k < most ? K - k : most;
     const bool last = k + depth == K;
-    multiply_rows(a + k, lda, rows, panel + k * width, depth, nv, k ? c : init, k ? width : init_stride, c,
+    multiply_rows(a + k, lda, rows, panel + k * width, depth, nv, k ? c : init, k ? width : init_stride, c, width,
                   last ? next : panel + (k + depth) * width);
   }
 }

@@ -396,21 +396,34 @@ class Products {
     const Range spans = order_.spans_of(sample);
     for (int64_t i = spans.begin; i < spans.end; ++i) {
       const Span& span = order_.span(i);
+      const bool first = i == spans.begin, last = i + 1 == spans.end;
       pack_transposed(layout_.lhs, layout_.sums, left.data + m0, left.ld, order_, span, rows);
-      if (a.dw) add_span(*a.right, span, i == spans.begin, rows, a_stage);
-      if (b.dw) add_span(*b.right, span, i == spans.begin, rows, b_stage);
+      if (a.dw) add_span(a, span, first, rows, a_stage, last ? direct_rows(left, sample, m0, a) : nullptr);
+      if (b.dw) add_span(b, span, first, rows, b_stage, last ? direct_rows(left, sample, m0, b) : nullptr);
     }
     store_gradient(left, sample, m0, rows, a, a_stage);
     store_gradient(left, sample, m0, rows, b, b_stage);
   }
 
-  void add_span(const RowPanels<T>& right, const Span& span, bool first, int64_t rows, A* stage) const {
-    const int64_t K = span.template depth<T>();
+  // Where C of the last span is wanted from m0 on, if its rows lie there as they are computed.
+  static A* direct_rows(const Left& left, int64_t sample, int64_t m0, const Target& out) {
+    if constexpr (std::is_same_v<T, A>) {
+      if (left.units == left.padded) return out.dw_row(sample, left.gates * left.units, m0);
+    }
+    return nullptr;
+  }
+  static bool is_whole(const RowPanels<T>& right, int64_t p) { return (p + 1) * right.width() <= right.columns; }
+
+  // Panels that are whole go to `direct`, where it is given.
+  void add_span(const Target& out, const Span& span, bool first, int64_t rows, A* stage, A* direct) const {
+    const RowPanels<T>& right = *out.right;
+    const int64_t K = span.template depth<T>(), width = right.width();
     for (int64_t p = 0; p < right.panels; ++p) {
-      A* const c = stage + p * kTaskRows * right.width();
+      A* const c = stage + p * kTaskRows * width;
+      const bool there = direct && is_whole(right, p);
       const T* const next = p + 1 < right.panels ? right.panel(span, p + 1) : right.data;
-      multiply_rows(layout_.lhs, K, rows, right.panel(span, p), K, right.nv, first ? kZeros : c,
-                    first ? 0 : right.width(), c, next);
+      multiply_rows(layout_.lhs, K, rows, right.panel(span, p), K, right.nv, first ? kZeros : c, first ? 0 : width,
+                    there ? direct + p * width : c, there ? right.columns : width, next);
     }
   }
 
@@ -420,6 +433,7 @@ class Products {
     const Range spans = order_.spans_of(sample);
     const RowPanels<T>& right = *out.right;
     const int64_t all = left.gates * left.units;
+    const bool direct = out.dw && direct_rows(left, sample, m0, out);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t gate = (m0 + r) / left.padded, unit = (m0 + r) % left.padded;
       if (unit >= left.units) continue;
@@ -429,6 +443,7 @@ class Products {
       T* const to = out.dw_row(sample, all, row);
       if (spans.begin == spans.end) std::memset(to, 0, right.columns * sizeof(T));
       for (int64_t p = 0; p < right.panels && spans.begin < spans.end; ++p) {
+        if (direct && is_whole(right, p)) continue;
         store_panel(to, right.columns, stage + (p * kTaskRows + r) * right.width(), p, right.nv);
       }
     }
