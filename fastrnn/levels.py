@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._functorch import autograd_function as single_level
 from torch._functorch.pyfunctorch import (
     FuncTorchInterpreter,
     VmapInterpreter,
-    retrieve_all_functorch_interpreters,
     retrieve_current_functorch_interpreter,
 )
 from torch.autograd import forward_ad
@@ -224,8 +223,8 @@ def _is_alone(inputs: Inputs, top: FuncTorchInterpreter) -> bool:
     outside of all, does."""
     if forward_ad._current_level >= 0 or not torch.is_grad_enabled():
         return False
-    *outer, _ = retrieve_all_functorch_interpreters()
-    if top.key() != TransformType.Grad or not all(isinstance(i, VmapInterpreter) for i in outer):
+    *outer, _ = get_interpreter_stack() or ()
+    if top.key() != TransformType.Grad or any(i.key() != TransformType.Vmap for i in outer):
         return False
     tensors = (inputs.x, *inputs.states, *inputs.weights)
     below = _unwrap_tracked(tensors, top)

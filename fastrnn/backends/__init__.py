@@ -10,8 +10,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
+from torch._C._functorch import CVmapInterpreterPtr, TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from .base import (
@@ -120,10 +119,11 @@ def _transforms_refusal() -> str | None:
     """Why the kernels, which :mod:`fastrnn.levels` runs, do not serve what is active."""
     if torch.compiler.is_compiling():
         return "a torch.func transform is being compiled, which needs plain torch operations"
-    for level in retrieve_all_functorch_interpreters():
-        if level.key() == TransformType.Functionalize:
+    for level in get_interpreter_stack() or ():
+        kind = level.key()
+        if kind == TransformType.Functionalize:
             return "torch.func.functionalize is active, which needs plain torch operations"
-        if isinstance(level, VmapInterpreter) and level.batch_size() == 0:
+        if kind == TransformType.Vmap and CVmapInterpreterPtr(level).batchSize() == 0:
             return "a vmap over nothing leaves the kernels nothing to do"
     return None
 
