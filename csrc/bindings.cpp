@@ -55,7 +55,6 @@ int64_t workspace_bytes(const Call& call, const Args& args) {
   return std::max(bytes(args, plan), bytes(args, alone));
 }
 
-int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 int64_t accumulate_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 
 void prepare_pages(const Call& call, const ForwardArgs& args, int64_t workspace) {

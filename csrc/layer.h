@@ -53,8 +53,40 @@ inline std::vector<int64_t> step_offsets(const Sequence& seq) {
   return offsets;
 }
 
-// One layer and its inputs, which it keeps alive. The weights lie in one flat list: w_ih, w_hh, b_ih, b_hh, and w_hr
-// with a projection, of each group.
+// A flat list of what belongs to weights: of each group w_ih, w_hh, b_ih, b_hh, and w_hr with a projection; or these
+// once, stacked, each a tensor for all groups.
+class WeightList {
+ public:
+  WeightList(const Tensors& tensors, size_t groups)
+      : tensors_(tensors), groups_(groups), stacked_(groups > 1 && tensors.size() <= 5) {
+    require(groups && groups <= kMaxGroups, "there are too many groups, or none");
+    const size_t lists = stacked_ ? 1 : groups;
+    require(tensors.size() == 4 * lists || tensors.size() == 5 * lists, "each group has 4 or 5 weights");
+    each_ = tensors.size() / lists;
+  }
+
+  size_t each() const { return each_; }
+  // Whether those of kind `kind` are contiguous and of so many elements in one group.
+  bool fit(size_t kind, int64_t elements) const {
+    if (kind >= each_) return true;
+    if (stacked_) return tensors_[kind].fits(elements * static_cast<int64_t>(groups_));
+    for (size_t g = 0; g < groups_; ++g) {
+      if (!tensors_[each_ * g + kind].fits(elements)) return false;
+    }
+    return true;
+  }
+  void* of(size_t group, size_t kind) const {
+    if (kind >= each_) return nullptr;
+    return stacked_ ? tensors_[kind].part(group, groups_) : tensors_[each_ * group + kind].data();
+  }
+
+ private:
+  const Tensors& tensors_;
+  size_t groups_, each_;
+  bool stacked_;
+};
+
+// One layer and its inputs, which it keeps alive.
 class Layer {
  public:
   // `batch` is B, which a packed batch does not tell.
@@ -64,13 +96,10 @@ class Layer {
         batch_sizes_(batch_sizes.contiguous()),
         h0_(h0.contiguous()),
         c0_(c0.contiguous()) {
-    const size_t groups = reverse.size();
-    require(groups && groups <= kMaxGroups, "there are too many groups, or none");
-    require(weights.size() == 4 * groups || weights.size() == 5 * groups, "each group has 4 or 5 weights");
-    per_group_ = weights.size() / groups;
     for (const Tensor& w : weights) weights_.push_back(w.contiguous());
-    take_sizes(x, batch, groups);
-    take_weights(reverse);
+    const WeightList list(weights_, reverse.size());
+    take_sizes(x, batch, reverse.size(), list.each());
+    take_weights(reverse, list);
     take_input(x);
     require(h0_.fits(args_.G * args_.seq.B * args_.out()), "h0 has another size");
     require(c0_.fits(args_.G * args_.seq.B * args_.H), "c0 has another size");
@@ -82,19 +111,18 @@ class Layer {
 
   const Call& call() const { return call_; }
   const LayerArgs& args() const { return args_; }
-  size_t per_group() const { return per_group_; }
   bool has_c() const { return call_.cell.states > 1; }
 
  private:
-  void take_sizes(const Tensor& x, int64_t batch, size_t groups) {
-    const Tensor &w_ih = weights_[0], &w_hr = weights_[per_group_ - 1];
-    require(w_ih && w_ih.dims() == 2, "w_ih must be a matrix");
+  void take_sizes(const Tensor& x, int64_t batch, size_t groups, size_t each) {
+    const Tensor &w_ih = weights_[0], &w_hr = weights_[each - 1];
+    require(w_ih && w_ih.dims() == (weights_.size() < each * groups ? 3 : 2), "w_ih must be a matrix");
     args_.G = static_cast<int>(groups);
-    args_.H = w_ih.size(0) / call_.cell.gates;
-    args_.I = w_ih.size(1);
-    args_.P = per_group_ > 4 && w_hr ? w_hr.size(0) : 0;
+    args_.H = w_ih.size(-2) / call_.cell.gates;
+    args_.I = w_ih.size(-1);
+    args_.P = each > 4 && w_hr.dims() >= 2 ? w_hr.size(-2) : 0;
     require(args_.I > 0 && args_.H > 0, "I and H must be positive");
-    require(per_group_ == 4 || (args_.P > 0 && has_c()), "a cell with a projection keeps its own state in c");
+    require(each == 4 || (args_.P > 0 && has_c()), "a cell with a projection keeps its own state in c");
     require(x.dims() == (batch_sizes_ ? 2 : 3), "x has another number of dimensions");
     const int64_t rows = x.size(0);
     args_.seq = batch_sizes_ ? Sequence{batch_sizes_.numel(), batch, rows, batch_sizes_.data<const int64_t>(), nullptr}
@@ -106,16 +134,15 @@ class Layer {
     args_.seq.offsets = offsets_.data();
   }
 
-  void take_weights(const std::vector<bool>& reverse) {
+  void take_weights(const std::vector<bool>& reverse, const WeightList& list) {
     const int64_t rows = call_.cell.gates * args_.H;
+    require(list.fit(0, rows * args_.I) && list.fit(1, rows * args_.out()) && list.fit(2, rows) && list.fit(3, rows) &&
+                list.fit(4, args_.P * args_.H),
+            "a weight has another size");
     for (size_t g = 0; g < reverse.size(); ++g) {
-      const Tensor* const w = &weights_[per_group_ * g];
-      const Tensor w_hr = per_group_ > 4 ? w[4] : Tensor();
-      require(w[0] && w[1] && (per_group_ == 4 || w_hr), "w_ih, w_hh and w_hr must be given");
-      require(w[0].fits(rows * args_.I) && w[1].fits(rows * args_.out()) && w[2].fits(rows) && w[3].fits(rows) &&
-                  w_hr.fits(args_.P * args_.H),
-              "a weight has another size");
-      groups_.push_back({w[0].data(), w[1].data(), w[2].data(), w[3].data(), w_hr.data(), reverse[g]});
+      const Group group{list.of(g, 0), list.of(g, 1), list.of(g, 2), list.of(g, 3), list.of(g, 4), reverse[g]};
+      require(group.w_ih && group.w_hh && (!args_.P || group.w_hr), "w_ih, w_hh and w_hr must be given");
+      groups_.push_back(group);
     }
     args_.groups = groups_.data();
   }
@@ -133,7 +160,6 @@ class Layer {
   Call call_;
   Tensor x_, batch_sizes_, h0_, c0_;
   Tensors weights_;
-  size_t per_group_ = 4;
   std::vector<int64_t> offsets_;
   std::vector<Group> groups_;
   LayerArgs args_{};
@@ -223,16 +249,16 @@ class Backward {
   }
 
   void take_weights(const Layer& layer, const Tensors& weights) {
-    const size_t each = layer.per_group();
-    require(weights.size() == each * static_cast<size_t>(args_.G), "each weight has a gradient, or None in its place");
+    const size_t groups = static_cast<size_t>(args_.G);
+    const WeightList list(weights, groups);
+    require(list.each() == (args_.P ? 5 : 4), "each weight has a gradient, or None in its place");
     const int64_t rows = layer.call().cell.gates * args_.H;
     const int64_t sizes[] = {rows * args_.I, rows * args_.out(), rows, rows, args_.P * args_.H};
-    for (size_t k = 0; k < weights.size(); ++k) {
-      require(weights[k].fits(args_.samples.number * sizes[k % each]), "the gradient of a weight has another size");
+    for (size_t kind = 0; kind < 5; ++kind) {
+      require(list.fit(kind, args_.samples.number * sizes[kind]), "the gradient of a weight has another size");
     }
-    for (size_t k = 0; k < weights.size(); k += each) {
-      const Tensor* const d = &weights[k];
-      gradients_.push_back({d[0].data(), d[1].data(), d[2].data(), d[3].data(), each > 4 ? d[4].data() : nullptr});
+    for (size_t g = 0; g < groups; ++g) {
+      gradients_.push_back({list.of(g, 0), list.of(g, 1), list.of(g, 2), list.of(g, 3), list.of(g, 4)});
     }
     args_.gradients = gradients_.data();
   }

@@ -94,6 +94,12 @@ Dtype Tensor::dtype() const {
   return static_cast<Dtype>(dtype_);
 }
 
+void* Tensor::part(size_t index, size_t parts) const {
+  if (!given_) return nullptr;
+  const size_t bytes = static_cast<size_t>(numel()) / parts * static_cast<size_t>(element_size(dtype()));
+  return static_cast<char*>(data_) + index * bytes;
+}
+
 bool Tensor::is_contiguous() const {
   int64_t step = 1;
   for (int k = dims_ - 1; k >= 0; --k) {

@@ -9,10 +9,10 @@
 
 namespace fastrnn {
 
-// A dense tensor on the CPU of up to three dimensions, which it keeps alive; or none.
+// A dense tensor on the CPU of up to four dimensions, which it keeps alive; or none.
 class Tensor {
  public:
-  static constexpr int kMaxDims = 3;
+  static constexpr int kMaxDims = 4;
 
   Tensor() = default;
   // Reads the object through DLPack's table of C functions where torch has one (2.10), else by calling its methods.
@@ -31,6 +31,8 @@ class Tensor {
   T* data() const {
     return static_cast<T*>(data_);
   }
+  // Where the `index`-th of `parts` equal parts of a contiguous tensor begins.
+  void* part(size_t index, size_t parts) const;
   // Throws std::invalid_argument where no kernel has the tensor's type.
   Dtype dtype() const;
   bool is_contiguous() const;

@@ -67,13 +67,28 @@ def _scan_members(
     if all(d is None for d in dims):
         with level.lower():
             return scan(backend, problem, as_inputs(given))
-    members = Members.of(level.batch_size(), problem, dims)
-    if members is None or by_name(backend).supports(members.problem):
+    members = _members_on(backend, level, problem, dims)
+    if members is None:
         return None
     with level.lower():
         ours = as_inputs(members.inputs(given, dims))
         parts = members.parts(scan(backend, members.problem, ours))
     return _wrap_members(parts, members.axes, level)  # type: ignore[no-any-return]
+
+
+def _members_on(
+    backend: str, level: VmapInterpreter, problem: Problem, dims: Dims
+) -> Members | None:
+    """The members of a vmap as a call that the backend serves, if there is one."""
+    members = Members.of(level.batch_size(), problem, dims)
+    if members is None:
+        return None
+    serves = by_name(backend)
+    if len(get_interpreter_stack() or ()) == 1:  # no transform of torch's shall see stacked weights
+        stacked = members.stack()
+        if not serves.supports(stacked.problem):
+            return stacked
+    return None if serves.supports(members.problem) else members
 
 
 def _innermost_vmap() -> VmapInterpreter:
@@ -193,8 +208,8 @@ def _forward_and_pull(
         return (y, h_n, c_n, c), pull_kernel
     level = _innermost_vmap()
     given, dims = _unwrap_members(tensors, level)
-    members = Members.of(level.batch_size(), call.problem, dims)
-    if members is None or by_name(call.backend).supports(members.problem):
+    members = _members_on(call.backend, level, call.problem, dims)
+    if members is None:
         return None
     if all(d is None for d in dims) or (members.groups and wants_dx and not members.own_x):
         return None
@@ -223,7 +238,7 @@ def _is_alone(inputs: Inputs, top: FuncTorchInterpreter) -> bool:
     outside of all, does."""
     if forward_ad._current_level >= 0 or not torch.is_grad_enabled():
         return False
-    *outer, _ = get_interpreter_stack() or ()
+    outer = (get_interpreter_stack() or [])[:-1]
     if top.key() != TransformType.Grad or any(i.key() != TransformType.Vmap for i in outer):
         return False
     tensors = (inputs.x, *inputs.states, *inputs.weights)

@@ -37,7 +37,7 @@ class Call:
     @property
     def inputs(self) -> int:
         """How many tensors make :class:`Inputs`."""
-        return 8 + self.problem.G * self.problem.per_group
+        return 8 + self.problem.weights
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Members:
     one: Problem  # that each of them poses
     groups: bool  # each has weights of its own, so they are groups; else they are rows
     own_x: bool  # groups of different members read columns of their own
+    stacked: bool = False  # a weight of all members stays one tensor
 
     @classmethod
     def of(cls, V: int, problem: Problem, dims: Dims) -> Members | None:
@@ -58,19 +59,24 @@ class Members:
             return None
         return cls(V, problem, groups, groups and (problem.grouped or x is not None))
 
+    def stack(self) -> Members:
+        """The same with stacked weights, where they can be."""
+        return replace(self, stacked=self.groups and self.V > 1 and self.one.G == 1)
+
     @property
     def problem(self) -> Problem:
         """That all of them pose together."""
         one, V = self.one, self.V
         if not self.groups:
             return one._replace(B=V * one.B)
-        return one._replace(reverse=one.reverse * V, grouped=self.own_x and V * one.G > 1)
+        grouped = self.own_x and V * one.G > 1
+        return one._replace(reverse=one.reverse * V, grouped=grouped, stacked=self.stacked)
 
     def backward_call(self, call: Call) -> Call:
         """`call` is that of one member."""
         if not self.groups:
             return replace(call, problem=self.problem, samples=self.V * call.samples)
-        needs = (*call.needs[:5], *call.needs[5:] * self.V)
+        needs = (*call.needs[:5], *call.needs[5:] * (1 if self.stacked else self.V))
         return replace(call, problem=self.problem, needs=needs)
 
     def steps(self, tensor: Tensor | None, dim: int | None) -> Tensor | None:
@@ -89,10 +95,14 @@ class Members:
             lengths = self._merge(lengths, dims[2], 0)
             reset = self._merge(reset, dims[3], 1)
             return [self.steps(x, dims[0]), None, lengths, reset, *states, *rest[4:]]
-        weights = zip(rest[4:], dims[8:], strict=True)
+        weights = list(zip(rest[4:], dims[8:], strict=True))
+        x = self._columns(x, dims[0])
+        if self.stacked:
+            stacks = [None if w is None else self._spread(w, d, 0) for w, d in weights]
+            return [x, None, lengths, reset, *states, *stacks]
         members = [(w,) * self.V if w is None or d is None else w.unbind(d) for w, d in weights]
         flat = [w for member in zip(*members, strict=True) for w in member]
-        return [self._columns(x, dims[0]), None, lengths, reset, *states, *flat]
+        return [x, None, lengths, reset, *states, *flat]
 
     def _columns(self, x: Tensor, dim: int | None) -> Tensor:
         """x for groups: as it is if all read the same, else [T, B, V*G*I]."""
@@ -147,6 +157,9 @@ class Members:
             parted.append(self._part(next(each), states))
             dims.append(states)
         weights = list(each)
+        if self.stacked:
+            axis = 1 if call.samples > 1 else 0
+            return (*parted, *weights), (*dims, *[axis] * len(weights))
         if self.groups:
             wanted = len(weights) // self.V
             parted += [torch.stack(weights[k::wanted]) for k in range(wanted)]
@@ -174,7 +187,7 @@ class Members:
     def _spread(self, tensor: Tensor, dim: int | None, axis: int) -> Tensor:
         """The members at `axis`, also of a tensor that they share."""
         if dim is not None:
-            return tensor.movedim(dim, axis)
+            return tensor if dim == axis else tensor.movedim(dim, axis)
         shape = tensor.shape
         return tensor.unsqueeze(axis).expand(*shape[:axis], self.V, *shape[axis:])
 

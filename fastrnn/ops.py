@@ -53,8 +53,9 @@ def describe(
     groups = len(reverse)
     w_ih = weights[0]
     assert w_ih is not None
-    rows, width = w_ih.shape
-    proj = weights[4] if len(weights) == 5 * groups else None
+    stacked = w_ih.dim() > 2
+    rows, width = w_ih.shape[-2:]
+    proj = weights[4] if len(weights) == (5 if stacked else 5 * groups) else None
     return Problem(
         kind,
         x.dtype,
@@ -63,7 +64,7 @@ def describe(
         batch,
         width,
         rows // kind.gates,
-        0 if proj is None else proj.shape[0],
+        0 if proj is None else proj.shape[-2],
         tuple(reverse),
         groups > 1 and x.shape[-1] != width,
         batch_sizes is not None,
@@ -71,6 +72,7 @@ def describe(
         inputs.reset is not None,
         all_states and kind.states > 1,
         grad,
+        stacked,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -170,3 +171,47 @@ def test_gradients_of_each_sample_apart(
     if case.P and CELLS[cell].states == 1:
         case = replace(case, P=0)
     check(name, Call.of(cell, case, dtype), samples=3)
+
+
+STACKED = [
+    Case(4, 6, 5, 20, reverse=(False, True, True)),
+    Case(3, 6, 5, 7, reverse=BOTH, grouped=True, bias=False),
+    Case(4, 6, 5, 17, P=4, reverse=BOTH, lengths=(4, 3, 3, 2, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", STACKED, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_weights_of_all_groups_in_one_tensor(
+    name: str, cell: str, case: Case, dtype: torch.dtype, samples: int
+) -> None:
+    """The same bits as with those of each group apart."""
+    if case.P and CELLS[cell].states == 1:
+        case = replace(case, P=0)
+    call = Call.of(cell, case, dtype)
+    problem, weights = call.problem, call.inputs.weights
+    each, first = problem.per_group, sum(t is not None for t in call.leaves()[:5])
+
+    def stacked(tensors: Sequence[Tensor | None], kinds: int) -> list[Any]:
+        by_kind: list[Any] = [tensors[k::kinds] for k in range(kinds)]
+        return [None if ws[0] is None else torch.stack(ws) for ws in by_kind]
+
+    expected = on_kernels(name, call, samples)
+    ours = Call(
+        problem._replace(stacked=True),
+        call.inputs._replace(weights=stacked(weights, each)),
+        call.grads,
+    )
+    found = on_kernels(name, ours, samples)
+    given = [w for w in weights if w is not None]
+    grads = [expected.pop(f"d{first + k}") for k in range(len(given))]
+    kinds = len(given) // problem.G
+    axis = 0 if samples == 1 else 1
+    for k in range(kinds):
+        expected[f"d{first + k}"] = torch.stack(grads[k::kinds], axis)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key

@@ -202,7 +202,8 @@ struct Weights {
   }
 
   void multiply(Tile<T>& out, Block<T> kernel, int rows, const T* a, int64_t lda, int64_t p, const void* ahead) const {
-    if (packed) return kernel(a, lda, panels.panel(p), panels.depth, panels.panel_bias(p), 0, out.c, panels.width(), ahead);
+    if (packed)
+      return kernel(a, lda, panels.panel(p), panels.depth, panels.panel_bias(p), 0, out.c, panels.width(), ahead);
     for (int r = 0; r < rows; ++r) multiply_unpacked(out.c + r * panels.width(), a + r * lda, p);
   }
 

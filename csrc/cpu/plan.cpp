@@ -78,7 +78,7 @@ int panel_vectors(int most, int64_t vectors, int threads, int64_t B) {
 Step make_step(const KernelTable& table, Dtype dtype, const Sequence& seq, int64_t H, int64_t depth,
                int64_t input_depth, int vectors, int nv) {
   const int lanes = table.lanes[static_cast<int>(dtype)];
-  const double element = dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+  const double element = static_cast<double>(element_size(dtype));
   const int64_t panels = ceil_div(ceil_div(H, lanes), vectors);
   const double rows_to_fetch = table.rows_to_fetch[static_cast<int>(dtype)];
   const double vector_bytes = lanes * element;

@@ -9,6 +9,8 @@ namespace fastrnn {
 enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2 };
 inline constexpr int kDtypes = 3;
 
+constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
 // Hidden units of every internal buffer are padded to this, a multiple of each instruction set's vector width.
 inline constexpr int64_t kUnitPad = 16;
 
@@ -119,13 +121,13 @@ struct GroupGradients {
 };
 
 struct BackwardArgs : LayerArgs {
-  const void* y;                            // [N, G out]
-  const void *gates, *cells, *whole_h;      // as saved by forward
-  const void *dy, *dc;                      // [N, G out], [N, G H] or null (zeros)
-  const void *dh_n, *dc_n;                  // [G, B, out], [G, B, H] or null (zeros)
-  void* dx;                                 // [N, I], of groups with their own inputs [N, G I], or null: not wanted
-  void *dh0, *dc0;                          // [G, B, out], [G, B, H] or null
-  const GroupGradients* gradients;          // [G]
+  const void* y;                        // [N, G out]
+  const void *gates, *cells, *whole_h;  // as saved by forward
+  const void *dy, *dc;                  // [N, G out], [N, G H] or null (zeros)
+  const void *dh_n, *dc_n;              // [G, B, out], [G, B, H] or null (zeros)
+  void* dx;                             // [N, I], of groups with their own inputs [N, G I], or null: not wanted
+  void *dh0, *dc0;                      // [G, B, out], [G, B, H] or null
+  const GroupGradients* gradients;      // [G]
   Samples samples;
 
   // Inputs, each with a gradient of its own.

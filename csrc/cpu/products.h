@@ -1,9 +1,9 @@
 // The gradients that are matrix products over all timesteps, from dgates [N, gates Hp]:
 //   dx = dgates_x W_ih,  dW_ih = dgates_x^T x,  dW_hh = dgates_h^T h_before,  db = column sums,
-// and, with a projection, dW_hr = dprojection^T (what is projected). Those of weights may be wanted of each sample apart.
-// Threads take tasks from a counter, so that one that lost its core delays the others by no more than a task; what a
-// task computes does not depend on who takes it. Each part of the threads has a counter, for the tasks whose dgates it
-// has in its caches, and helps out the others when that has run down.
+// and, with a projection, dW_hr = dprojection^T (what is projected). Those of weights may be wanted of each sample
+// apart. Threads take tasks from a counter, so that one that lost its core delays the others by no more than a task;
+// what a task computes does not depend on who takes it. Each part of the threads has a counter, for the tasks whose
+// dgates it has in its caches, and helps out the others when that has run down.
 #pragma once
 
 #include "rows.h"

@@ -140,8 +140,8 @@ void pack_span(const RowPanels<T>& out, const T* const* rows, const RowOrder<T>&
   }
 }
 
-// Columns [0, columns) of one span of a matrix, transposed to rows [column][n], and their sums added to `sums`. Its rows
-// lie pages apart: what is wanted of each is read at once, and the next ones are fetched meanwhile.
+// Columns [0, columns) of one span of a matrix, transposed to rows [column][n], and their sums added to `sums`. Its
+// rows lie pages apart: what is wanted of each is read at once, and the next ones are fetched meanwhile.
 template <class T>
 void pack_transposed(T* out, Acc<T>* sums, const T* in, int64_t in_ld, const RowOrder<T>& order, const Span& span,
                      int64_t columns) {

@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     reset: bool
     all_states: bool  # c after every step is asked for
     grad: bool
+    stacked: bool = False  # one tensor of each weight for all groups, of which there are several
 
     @property
     def G(self) -> int:  # noqa: N802
@@ -50,8 +51,13 @@ class Problem(NamedTuple):
 
     @property
     def per_group(self) -> int:
-        """Entries a group has in the flat list of weights."""
+        """Weights that a group has, missing biases included."""
         return 5 if self.P else 4
+
+    @property
+    def weights(self) -> int:
+        """Entries in the flat list of weights."""
+        return self.per_group if self.stacked else self.per_group * self.G
 
 
 class Inputs(NamedTuple):
@@ -64,7 +70,13 @@ class Inputs(NamedTuple):
     states: Sequence[Tensor | None]  # h0, c0, h_reset, c_reset
     weights: Weights
     # per group w_ih [gates*H, I], w_hh [gates*H, out], b_ih and b_hh [gates*H] or None, and w_hr
-    # [P, H] when the problem has P
+    # [P, H] when the problem has P; stacked, these once, [G, ...] each
+
+    def weights_of(self, problem: Problem, group: int) -> Weights:
+        """The flat list's part that is of one group."""
+        if problem.stacked:
+            return [None if w is None else w[group] for w in self.weights]
+        return self.weights[group * problem.per_group :][: problem.per_group]
 
     @property
     def h0(self) -> Tensor | None:

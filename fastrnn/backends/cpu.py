@@ -200,7 +200,7 @@ def _backward(
     dh0 = x.new_empty(G, B, problem.out) if needs[1] else None
     dc0 = x.new_empty(G, B, H) if needs[2] else None
     dweights = [
-        _empty_gradient(w, samples) if needed and w is not None else None
+        _empty_gradient(problem, w, samples) if needed and w is not None else None
         for w, needed in zip(inputs.weights, needs[5:], strict=True)
     ]
     states = (dx, dh0, dc0)
@@ -209,13 +209,18 @@ def _backward(
         *_layer(problem, inputs),
         *(y, saved, grads, states, dweights, samples, sample_of_row),
     )
+    if samples > 1 and problem.stacked:
+        dweights = [None if d is None else d.transpose(0, 1) for d in dweights]
     return [dx, dh0, dc0, None, None, *dweights]
 
 
-def _empty_gradient(weight: Tensor, samples: int) -> Tensor:
-    """[*weight.shape], or [samples, *weight.shape]"""
+def _empty_gradient(problem: Problem, weight: Tensor, samples: int) -> Tensor:
+    """As the kernels fill it: [*weight.shape], [samples, *weight.shape], or, of stacked weights,
+    [G, samples, ...]."""
     if samples == 1:
         return torch.empty_like(weight, memory_format=_WHOLE)
+    if problem.stacked:
+        return weight.new_empty(problem.G, samples, *weight.shape[1:])
     return weight.new_empty(samples, *weight.shape)
 
 

@@ -165,6 +165,8 @@ class Cuda:
             return f"no kernel for the cell {problem.cell.name}"
         if problem.P:
             return "proj_size is not supported by the kernels"
+        if problem.stacked:
+            return "the kernels take the weights of each group apart"
         if problem.B == 0:
             return "an empty batch leaves the kernels nothing to do"
         unavailable = self._module.unavailable()

@@ -36,6 +36,8 @@ class Recompute:
         self.on_request: str | None = None  # whether `inner` may serve was asked before
 
     def supports(self, problem: Problem) -> str | None:
+        if problem.stacked:
+            return "it runs the directions one after the other, each with weights of its own"
         return self.inner.supports(problem)
 
     def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:

@@ -120,7 +120,7 @@ class Reference:
         every: list[list[Tensor]] = []
         ends: list[States] = []
         for g, reverse in enumerate(problem.reverse):
-            weights = inputs.weights[g * problem.per_group :][: problem.per_group]
+            weights = inputs.weights_of(problem, g)
             w_ih, _, b_ih, *_ = weights
             assert w_ih is not None
             gates_x = linear(rows[:, g * I : (g + 1) * I] if problem.grouped else rows, w_ih, b_ih)

@@ -23,7 +23,6 @@ namespace {
 
 constexpr int kNan = 0xff, kOther = 0x3f;  // bytes of a NaN, and of a number below 1, in every dtype
 
-int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 int64_t accumulate_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
 
 enum class Layout { dense, batch_first, padded_rows };
@@ -77,22 +76,26 @@ const std::vector<Shape>& shapes() {
   return all;
 }
 
-// Which gradients come in and which are wanted.
+// Which gradients come in and which are wanted. Samples that are dealt out take every other row, and the last one none.
 struct Wishes {
   const char* name;
   bool dy, dh_n, dc_n;
   bool dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh;
-  bool only_first_group = false, dc = false, dgates = false;
+  bool only_first_group = false, dc = false;
+  int samples = 1;
+  bool dealt_out = false;
 };
 
-constexpr Wishes kAll = {"all", true, true, true, true, true, true, true, true, true, true, false, true, true};
+constexpr Wishes kAll = {"all", true, true, true, true, true, true, true, true, true, true, false, true};
 constexpr Wishes kPartial[] = {
     {"from dy to dx", true, false, false, true, false, false, false, false, false, false},
     {"from h_n to w_hh", false, true, false, false, false, false, false, true, false, false},
     {"from c_n to the states", false, false, true, false, true, true, false, false, false, false},
     {"from y to b_hh of one group", true, false, false, false, false, false, false, false, false, true, true},
     {"from y to w_ih of one group", true, false, false, false, false, true, true, false, false, false, true},
-    {"from c to dgates", false, false, false, false, false, false, false, false, false, false, false, true, true},
+    {"from c to w_hh", false, false, false, false, false, false, false, true, false, false, false, true},
+    {"all of each sample", true, true, true, true, true, true, true, true, true, true, false, true, 2},
+    {"all of rows dealt out", true, true, true, true, true, true, true, true, true, true, false, true, 3, true},
     {"from nothing", false, false, false, true, true, true, true, true, true, true},
 };
 
@@ -356,20 +359,21 @@ Outputs backward(const Kernel& kernel, const Division& division, const Inputs& i
   args.dx = out.result(args.seq.N * args.inputs() * args.I, dtype, wishes.dx);
   args.dh0 = out.result(lead * args.out(), dtype, wishes.dh0);
   args.dc0 = out.result(lead * args.H, dtype, wishes.dc0 && kernel.cell.states > 1);
+  std::vector<int64_t> sample_of_row;
+  for (int64_t n = 0; n < args.seq.N && wishes.dealt_out; ++n) sample_of_row.push_back(n % (wishes.samples - 1));
+  args.samples = {wishes.samples, wishes.dealt_out ? sample_of_row.data() : nullptr};
   std::vector<GroupGradients> gradients;
+  const int64_t S = wishes.samples;
   for (int g = 0; g < args.G; ++g) {
     const bool wanted = g == 0 || !wishes.only_first_group, bias = wanted && args.groups[g].b_ih;
-    void* const dw_ih = out.result(rows * args.I, dtype, wanted && wishes.dw_ih);
-    void* const dw_hh = out.result(rows * args.out(), dtype, wanted && wishes.dw_hh);
-    void* const db_ih = out.result(rows, dtype, bias && wishes.db_ih);
-    void* const db_hh = out.result(rows, dtype, bias && wishes.db_hh);
-    void* const dw_hr = out.result(args.P * args.H, dtype, wanted && wishes.dw_hh && args.P);
+    void* const dw_ih = out.result(S * rows * args.I, dtype, wanted && wishes.dw_ih);
+    void* const dw_hh = out.result(S * rows * args.out(), dtype, wanted && wishes.dw_hh);
+    void* const db_ih = out.result(S * rows, dtype, bias && wishes.db_ih);
+    void* const db_hh = out.result(S * rows, dtype, bias && wishes.db_hh);
+    void* const dw_hr = out.result(S * args.P * args.H, dtype, wanted && wishes.dw_hh && args.P);
     gradients.push_back({dw_ih, dw_hh, db_ih, db_hh, dw_hr});
   }
   args.gradients = gradients.data();
-  args.dgates_x = out.result(args.G * args.seq.N * rows, dtype, wishes.dgates);
-  args.dgates_h = out.result(args.G * args.seq.N * rows, dtype, wishes.dgates);
-  args.dprojection = out.result(args.G * args.seq.N * args.P, dtype, wishes.dgates && args.P);
   call(kernel, division, args, fill);
   return out;
 }

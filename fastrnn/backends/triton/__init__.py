@@ -38,6 +38,8 @@ class _Triton:
             return "proj_size is not supported by the kernels"
         if problem.G > _MIXED and len(set(problem.reverse)) > 1:
             return f"at most {_MIXED} groups may differ in direction, not {problem.G}"
+        if problem.stacked:
+            return "the kernels take the weights of each group apart"
         if problem.B == 0:
             return "an empty batch leaves the kernels nothing to do"
         cells = _cells()
