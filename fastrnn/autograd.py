@@ -232,6 +232,8 @@ def _operator(
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     inputs = Inputs(x, batch_sizes, lengths, reset, states, weights)
     if not grad:
+        if _unwatched(inputs, ()):  # as compiled code calls it: the dispatcher need not come again
+            return ops.forward(cell, backend, *inputs, reverse, batch, save, all_states)
         with torch._C._AutoDispatchBelowAutograd():
             found: list[Tensor] = torch.ops.fastrnn.forward.default(
                 cell, backend, *inputs, reverse, batch, save, all_states
