@@ -6,7 +6,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def by_member(stacked: Iterable[Tensor]) -> list[list[Tensor]]:
     return [list(kind) for kind in zip(*stacked, strict=True)]
 
 
-def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[list[Tensor]]]]:
+def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[Any]]]:
     """Both find the gradients of each parameter for each member. Per-sample gradients are wanted
     as one tensor; those of members may stay apart, as each may have its own optimizer."""
     T, B, I, H = case.shape
@@ -79,15 +79,15 @@ def subjects_of(case: Case, cell: str) -> dict[str, Callable[[], list[list[Tenso
         each = [(m, x[k] if own else x) for k, m in enumerate(modules)]
         dims = (0, 0 if own else None)
 
-    def looped() -> list[list[Tensor]]:
+    def looped() -> list[Any]:
         found = [gradients(module, mine) for module, mine in each]
         if case.name != "samples":
             return found
-        return by_member([torch.stack(kind) for kind in zip(*found, strict=True)])
+        return [torch.stack(kind) for kind in zip(*found, strict=True)]
 
-    def mapped() -> list[list[Tensor]]:
+    def mapped() -> list[Any]:
         if case.name == "samples":
-            return by_member(vmap(grad(loss), dims)(params, x).values())
+            return list(vmap(grad(loss), dims)(params, x).values())
         leaves = list(stacked.values())
         return by_member(torch.autograd.grad(vmap(loss, dims)(stacked, x).sum(), leaves))
 

@@ -182,9 +182,12 @@ def _run(
 
 
 def _wants_gradients(inputs: Inputs) -> bool:
-    return torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (inputs.x, *inputs.states, *inputs.weights)
-    )
+    if not torch.is_grad_enabled():
+        return False
+    for t in (inputs.x, *inputs.weights, *inputs.states):
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def _recomputing(backend: Backend, every: int, problem: Problem) -> Backend:

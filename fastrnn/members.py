@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Members:
         """The same with stacked weights, where they can be."""
         return replace(self, stacked=self.groups and self.V > 1 and self.one.G == 1)
 
-    @property
+    @cached_property
     def problem(self) -> Problem:
         """That all of them pose together."""
         one, V = self.one, self.V
@@ -75,9 +76,9 @@ class Members:
     def backward_call(self, call: Call) -> Call:
         """`call` is that of one member."""
         if not self.groups:
-            return replace(call, problem=self.problem, samples=self.V * call.samples)
+            return Call(call.backend, self.problem, call.needs, self.V * call.samples)
         needs = (*call.needs[:5], *call.needs[5:] * (1 if self.stacked else self.V))
-        return replace(call, problem=self.problem, needs=needs)
+        return Call(call.backend, self.problem, needs, call.samples)
 
     def steps(self, tensor: Tensor | None, dim: int | None) -> Tensor | None:
         """[T, B, W] of each member -> [T, V*B, W] or [T, B, V*W]"""
