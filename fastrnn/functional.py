@@ -195,32 +195,25 @@ def _check_weights(cell: Cell, x: Tensor, weights: Weights, groups: int) -> tupl
     each = len(weights) // groups
     if each == 5 and cell.states == 1:
         raise RuntimeError(f"{cell.name} has no projection: its only state would change its size")
-    w_ih, w_hr = weights[0], weights[4] if each == 5 else None
+    w_ih, w_hr, columns = weights[0], weights[4] if each == 5 else None, x.shape[-1]
     rows, width = w_ih.shape if w_ih is not None and w_ih.dim() == 2 else (0, 0)
     H = rows // cell.gates
     out = w_hr.shape[0] if w_hr is not None and w_hr.dim() else H
     if H == 0 or out == 0 or rows % cell.gates:
         shapes = [None if w is None else tuple(w.shape) for w in weights]
         raise RuntimeError(f"weights of shapes {shapes} do not make a {cell.name} layer")
-    expected: tuple[tuple[int, ...], ...] = (
-        (rows, x.shape[-1]),
-        (rows, out),
-        (rows,),
-        (rows,),
-        (out, H),
-    )
-    if x.shape[-1] == groups * width and groups > 1:
-        expected = ((rows, width), *expected[1:])
+    read = width if groups > 1 and columns == groups * width else columns
+    vector = (rows,)
+    expected = ((rows, read), (rows, out), vector, vector, (out, H))[:each] * groups
     dtype, device = x.dtype, x.device
-    for k, w in enumerate(weights):
-        j = k % each
+    for k, (w, shape) in enumerate(zip(weights, expected, strict=True)):
         if w is None:
-            if j in (2, 3):
+            if shape is vector:
                 continue
-            raise RuntimeError(f"{_NAMES[j]} is None")
-        if w.shape != expected[j]:
-            raise RuntimeError(f"Expected {_NAMES[j]} size {expected[j]}, got {list(w.shape)}")
-        if w.dtype != dtype or w.device != device:
+            raise RuntimeError(f"{_NAMES[k % each]} is None")
+        if w.shape != shape:
+            raise RuntimeError(f"Expected {_NAMES[k % each]} size {shape}, got {list(w.shape)}")
+        if w.dtype is not dtype or w.device != device:
             _raise_mismatch(x, w, "parameter")
     return H, out
 

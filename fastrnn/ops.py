@@ -53,20 +53,20 @@ def describe(
     groups = len(reverse)
     w_ih = weights[0]
     assert w_ih is not None
-    stacked = w_ih.dim() > 2
-    rows, width = w_ih.shape[-2:]
+    *stack, rows, width = w_ih.shape
+    stacked, shape = bool(stack), x.shape
     proj = weights[4] if len(weights) == (5 if stacked else 5 * groups) else None
     return Problem(
         kind,
         x.dtype,
         x.device,
-        x.shape[0] if batch_sizes is None else batch_sizes.shape[0],
+        shape[0] if batch_sizes is None else batch_sizes.shape[0],
         batch,
         width,
         rows // kind.gates,
         0 if proj is None else proj.shape[-2],
         tuple(reverse),
-        groups > 1 and x.shape[-1] != width,
+        groups > 1 and shape[-1] != width,
         batch_sizes is not None,
         inputs.lengths is not None,
         inputs.reset is not None,
