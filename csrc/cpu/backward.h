@@ -115,7 +115,7 @@ class BackwardScan {
     share_.sync();
     for (int64_t s = seq_.T - 1; s >= 0; --s) {
       step(s);
-      share_.sync();
+      if (s || dh0_) share_.sync();
     }
     if (dh0_) {
       const int64_t rows = share_.count(seq_.active(group_.step_to_time(0, seq_.T)));
@@ -377,7 +377,7 @@ void backward(const BackwardArgs& args, const Plan& plan, const Team& team, int 
     const T* const w_hr = static_cast<const T*>(args.groups[g].w_hr);
     for (int64_t p = projected.begin; p < projected.end; ++p) pack_columns(hr, p, w_hr, 1, args.P, args.H);
   }
-  team.everyone->wait(plan.threads);
+  if (plan.pack || args.P || !layout.products.thin) team.everyone->wait(plan.threads);
   products.pack();
   for (int64_t g = share.groups.begin; g < share.groups.end && share.scans; ++g) {
     BackwardScan<Cell, T>(args, layout, share, static_cast<int>(g)).run();

@@ -148,7 +148,7 @@ class ForwardScan {
         step(s, s0);
         if (args_.P) project(s);
         finish_rows(group_.step_to_time(s, seq_.T));
-        share_.sync();
+        if (s + 1 < seq_.T) share_.sync();
       }
     }
   }
@@ -406,7 +406,7 @@ void forward(const ForwardArgs& args, const Plan& plan, const Team& team, int th
     const Range projected = share.packs(args.P ? buffers.hr.panels.count : 0);
     for (int64_t p = projected.begin; p < projected.end; ++p) buffers.hr.pack(p);
   }
-  team.everyone->wait(plan.threads);
+  if (plan.pack) team.everyone->wait(plan.threads);
   if (!share.scans) return;
   for (int64_t g = share.groups.begin; g < share.groups.end; ++g) {
     ForwardScan<Cell, T>(args, plan, layout, share, static_cast<int>(g)).run();
