@@ -125,15 +125,20 @@ void pack_rows(const Panels<T>& out, int64_t p, const T* w, const T* bias, int g
   }
 }
 
+// Row k of w [gates * H, columns] with its rows padded to [gates][Hp], null where there is none.
+template <class T>
+const T* row_of_depth(const T* w, int64_t k, int gates, int64_t H, int64_t columns) {
+  const int64_t Hp = round_up(H, kUnitPad), gate = k / Hp, unit = k % Hp;
+  return gate < gates && unit < H ? w + (gate * H + unit) * columns : nullptr;
+}
+
 // Panel p of the transpose of w [gates * H, columns]: outputs are columns, depth is [gates][Hp].
 template <class T>
 void pack_columns(const Panels<T>& out, int64_t p, const T* w, int gates, int64_t H, int64_t columns) {
   constexpr int lanes = kLanes<Acc<T>>;
-  const int64_t Hp = round_up(H, kUnitPad);
   for (int i = 0; i < out.width(); ++i) out.bias[p * out.width() + i] = 0;
   for (int64_t k = 0; k < out.depth; ++k) {
-    const int64_t gate = k / Hp, unit = k % Hp;
-    const T* const row = gate < gates && unit < H ? w + (gate * H + unit) * columns : nullptr;
+    const T* const row = row_of_depth(w, k, gates, H, columns);
     for (int v = 0; v < out.nv; ++v) {
       const int64_t column0 = (p * out.nv + v) * lanes;
       const int64_t left = row ? columns - column0 : 0;

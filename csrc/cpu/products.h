@@ -14,6 +14,8 @@ namespace FASTRNN_ISA {
 
 // So few rows do not pay for packing anything: they are multiplied as they lie.
 inline constexpr int64_t kThinRows = 4;
+// From this many rows on, which a product sums up, floats are split into parts for the tile unit.
+inline constexpr int64_t kSplitRows = 24;
 // Rows of a task where kTaskRows would make too few of them to share out.
 inline constexpr int64_t kSmallTaskRows = kTiles ? 32 : 48;
 
@@ -26,6 +28,7 @@ struct ProductsLayout {
   };
   struct GroupBuffers {
     Panels<T> w_ih;          // by columns, for dx
+    bf16* w_ih_parts;        // the same split, [panels][kParts][split_depth][width]
     T *dgates_x, *dgates_h;  // [N, depth], the same where the cell's two kinds are
     T* dprojection;          // [N, proj_depth]
     RowPanels<T> h, whole_h;
@@ -35,12 +38,15 @@ struct ProductsLayout {
   ProductsLayout(Arena& arena, const BackwardArgs& args, const Plan& plan, int gates, bool shared, int thread_index)
       : depth(round_up(gates * round_up(args.H, kUnitPad), kDepthPad<T>)),
         proj_depth(round_up(round_up(args.P, kUnitPad), kDepthPad<T>)),
+        split_depth(round_up(depth, kSplitPad)),
+        split(kSplits<T> && args.seq.N >= kSplitRows * args.samples.number),
         x(RowPanels<T>::make(args.I)),
-        order(arena, args.seq, args.samples) {
+        order(arena, args.seq, args.samples, split ? kSplitPad : kDepthPad<T>) {
     const int64_t N = args.seq.N, rows = N + kRowPad<T> * plan.row_parts;
+    const int64_t value = split ? kParts * sizeof(bf16) : sizeof(T);
     thin = N < kThinRows;
     const auto room = [&](const RowPanels<T>& p, bool wanted) {
-      return wanted && !thin ? arena.take<T>(order.most_rows() * p.panels * p.width()) : nullptr;
+      return wanted && !thin ? arena.take<char>(order.most_rows() * p.panels * p.width() * value) : nullptr;
     };
     for (int i = 0; i < args.inputs(); ++i) {
       input[i].panels = x;
@@ -55,7 +61,8 @@ struct ProductsLayout {
       buffers.h = RowPanels<T>::make(args.out());
       buffers.whole_h = RowPanels<T>::make(args.H);
       buffers.w_ih = {nullptr, nullptr, x.panels, depth, x.nv};
-      if (args.dx && !thin) {
+      buffers.w_ih_parts = arena.take<bf16>(args.dx && split ? x.panels * kParts * split_depth * x.width() : 0);
+      if (args.dx && !thin && !split) {
         buffers.w_ih.data = arena.take<T>(x.panels * buffers.w_ih.stride());
         buffers.w_ih.bias = arena.take<A>(x.panels * x.width());
       }
@@ -72,19 +79,22 @@ struct ProductsLayout {
       T* const a = arena.take<T>(kTaskRows * kSpan);
       A* const s = arena.take<A>(kTaskRows);
       A* const c = arena.take<A>(kTaskRows * columns);
-      if (i == thread_index) lhs = a, sums = s, stage = c;
+      bf16* const parts = arena.take<bf16>(split ? kParts * kTaskRows * kSpan : 0);
+      if (i == thread_index) lhs = a, sums = s, stage = c, lhs_parts = {parts, kTaskRows * kSpan};
     }
   }
 
-  int64_t depth, proj_depth;
+  int64_t depth, proj_depth, split_depth;
+  bool split;  // products are of parts
   bool thin;
   RowPanels<T> x;  // what all inputs have in common
-  RowOrder<T> order;
+  RowOrder order;
   Input input[kMaxGroups];
   GroupBuffers group[kMaxGroups];
-  T* lhs = nullptr;    // [kTaskRows, kSpan] of this thread: dgates transposed
-  A* sums = nullptr;   // [kTaskRows]
-  A* stage = nullptr;  // [panels][kTaskRows][width]: the C of a task
+  T* lhs = nullptr;         // [kTaskRows, kSpan] of this thread: dgates transposed
+  Split<bf16> lhs_parts{};  // the same split
+  A* sums = nullptr;        // [kTaskRows]
+  A* stage = nullptr;       // [panels][kTaskRows][width]: the C of a task
 };
 
 template <class T>
@@ -127,7 +137,7 @@ class Products {
       if (args_.dx) {
         const T* const w = static_cast<const T*>(args_.groups[g].w_ih);
         const Range mine = share_.packs(l.x.panels);
-        for (int64_t p = mine.begin; p < mine.end; ++p) pack_columns(l.group[g].w_ih, p, w, gates_, args_.H, args_.I);
+        for (int64_t p = mine.begin; p < mine.end; ++p) pack_w_ih(g, p, w);
       }
       const typename Layout::GroupBuffers& buffers = l.group[g];
       const int64_t spans = order_.spans();
@@ -271,8 +281,34 @@ class Products {
 
   void pack_rows_of(const RowPanels<T>& out, const T* const* rows, Range mine) {
     for (int64_t i = mine.begin; i < mine.end; ++i) {
-      pack_span(out, rows, order_, order_.span(i / out.panels), i % out.panels);
+      const Span& span = order_.span(i / out.panels);
+      const int64_t p = i % out.panels;
+      if constexpr (kSplits<T>) {
+        if (layout_.split) {
+          const auto row = [&](int64_t n) { return n < span.rows ? rows[order_.row(span.first + n)] : nullptr; };
+          split_panel(out.parts(span, p), span.depth, out.nv, out.columns, p, row);
+          continue;
+        }
+      }
+      pack_span(out, rows, order_, span, p);
     }
+  }
+
+  void pack_w_ih(int64_t g, int64_t p, const T* w) {
+    const typename Layout::GroupBuffers& buffers = layout_.group[g];
+    if constexpr (kSplits<T>) {
+      if (layout_.split) {
+        const auto row = [&](int64_t k) { return row_of_depth(w, k, gates_, args_.H, args_.I); };
+        return split_panel(w_ih_parts(g, p, 0), layout_.split_depth, layout_.x.nv, args_.I, p, row);
+      }
+    }
+    pack_columns(buffers.w_ih, p, w, gates_, args_.H, args_.I);
+  }
+
+  // From row k on.
+  Split<bf16> w_ih_parts(int64_t g, int64_t p, int64_t k) const {
+    const int64_t width = layout_.x.width(), part = layout_.split_depth * width;
+    return {layout_.group[g].w_ih_parts + p * kParts * part + k * width, part};
   }
 
   // The groups that read an input.
@@ -282,6 +318,9 @@ class Products {
   void input_gradient(int input, int64_t n0, int64_t rows) {
     const RowPanels<T>& x = layout_.x;
     const Range groups = readers(input);
+    if constexpr (kSplits<T>) {
+      if (layout_.split) return split_input_gradient(input, n0, rows);
+    }
     for (int64_t p = 0; p < x.panels; ++p) {
       for (int64_t g = groups.begin; g < groups.end; ++g) {
         const Panels<T>& w = layout_.group[g].w_ih;
@@ -292,6 +331,32 @@ class Products {
       }
       for (int64_t r = 0; r < rows; ++r)
         store_panel(dx_row(input, n0 + r), args_.I, layout_.stage + r * x.width(), p, x.nv);
+    }
+  }
+
+  // A part of the depth at a time, so that each row is split but once.
+  void split_input_gradient(int input, int64_t n0, int64_t rows) {
+    const RowPanels<T>& x = layout_.x;
+    const Range groups = readers(input);
+    const int64_t width = x.width();
+    bool first = true;
+    for (int64_t g = groups.begin; g < groups.end; ++g) {
+      for (int64_t k = 0; k < layout_.depth; k += kSpan, first = false) {
+        const int64_t left = layout_.depth - k, depth = left < kSpan ? left : kSpan, ld = round_up(depth, kSplitPad);
+        const T* const dgates = layout_.group[g].dgates_x + n0 * layout_.depth + k;
+        split_rows(layout_.lhs_parts, dgates, layout_.depth, rows, depth);
+        for (int64_t p = 0; p < x.panels; ++p) {
+          A* const c = layout_.stage + p * kTaskRows * width;
+          const Split<bf16> next = w_ih_parts(g, p + 1 < x.panels ? p + 1 : 0, k);
+          multiply_split(layout_.lhs_parts, ld, rows, w_ih_parts(g, p, k), ld, x.nv, first ? kZeros : c,
+                         first ? 0 : width, c, width, next.data);
+        }
+      }
+    }
+    for (int64_t p = 0; p < x.panels; ++p) {
+      for (int64_t r = 0; r < rows; ++r) {
+        store_panel(dx_row(input, n0 + r), args_.I, layout_.stage + (p * kTaskRows + r) * width, p, x.nv);
+      }
     }
   }
 
@@ -398,6 +463,9 @@ class Products {
       const Span& span = order_.span(i);
       const bool first = i == spans.begin, last = i + 1 == spans.end;
       pack_transposed(layout_.lhs, layout_.sums, left.data + m0, left.ld, order_, span, rows);
+      if constexpr (kSplits<T>) {
+        if (layout_.split) split_rows(layout_.lhs_parts, layout_.lhs, span.depth, rows, span.depth);
+      }
       if (a.dw) add_span(a, span, first, rows, a_stage, last ? direct_rows(left, sample, m0, a) : nullptr);
       if (b.dw) add_span(b, span, first, rows, b_stage, last ? direct_rows(left, sample, m0, b) : nullptr);
     }
@@ -417,13 +485,23 @@ class Products {
   // Panels that are whole go to `direct`, where it is given.
   void add_span(const Target& out, const Span& span, bool first, int64_t rows, A* stage, A* direct) const {
     const RowPanels<T>& right = *out.right;
-    const int64_t K = span.template depth<T>(), width = right.width();
+    const int64_t K = span.depth, width = right.width();
     for (int64_t p = 0; p < right.panels; ++p) {
       A* const c = stage + p * kTaskRows * width;
       const bool there = direct && is_whole(right, p);
-      const T* const next = p + 1 < right.panels ? right.panel(span, p + 1) : right.data;
-      multiply_rows(layout_.lhs, K, rows, right.panel(span, p), K, right.nv, first ? kZeros : c, first ? 0 : width,
-                    there ? direct + p * width : c, there ? right.columns : width, next);
+      const A* const init = first ? kZeros : c;
+      A* const to = there ? direct + p * width : c;
+      const int64_t init_stride = first ? 0 : width, stride = there ? right.columns : width;
+      const int64_t next = p + 1 < right.panels ? p + 1 : 0;
+      if constexpr (kSplits<T>) {
+        if (layout_.split) {
+          multiply_split(layout_.lhs_parts, K, rows, right.parts(span, p), K, right.nv, init, init_stride, to, stride,
+                         right.parts(span, next).data);
+          continue;
+        }
+      }
+      multiply_rows(layout_.lhs, K, rows, right.panel(span, p), K, right.nv, init, init_stride, to, stride,
+                    right.panel(span, next));
     }
   }
 
@@ -452,7 +530,7 @@ class Products {
   const BackwardArgs& args_;
   const Sequence& seq_;
   const Layout& layout_;
-  const RowOrder<T>& order_;
+  const RowOrder& order_;
   const Team& team_;
   const Share& share_;
   int gates_;

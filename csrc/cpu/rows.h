@@ -4,6 +4,7 @@
 
 #include "arena.h"
 #include "pack.h"
+#include "split.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -13,22 +14,18 @@ inline constexpr int64_t kSpan = 256;
 // Most outputs of a task: a multiple of each kernel's height.
 inline constexpr int64_t kTaskRows = 96;
 
-// Rows [first, first + rows) of an order, from row `at` on where they are packed.
+// Rows [first, first + rows) of an order, which are padded to `depth` rows and packed from row `at` on.
 struct Span {
-  int64_t first, rows, at;
-  template <class T>
-  int64_t depth() const {
-    return round_up(rows, kDepthPad<T>);
-  }
+  int64_t first, rows, at, depth;
 };
 
-// The rows of a batch, one sample's after another's; of a single sample, as they lie.
-template <class T>
+// The rows of a batch, one sample's after another's; of a single sample, as they lie. Spans are padded to `pad` rows.
 class RowOrder {
  public:
-  RowOrder(Arena& arena, const Sequence& seq, const Samples& samples)
+  RowOrder(Arena& arena, const Sequence& seq, const Samples& samples, int64_t pad)
       : seq_(seq),
         samples_(samples),
+        pad_(pad),
         rows_(samples.number > 1 ? arena.take<int64_t>(seq.N) : nullptr),
         begin_(arena.take<int64_t>(samples.number + 1)),
         first_span_(arena.take<int64_t>(samples.number + 1)),
@@ -40,7 +37,7 @@ class RowOrder {
   int64_t spans() const { return first_span_[samples_.number]; }
   const Span& span(int64_t i) const { return spans_[i]; }
   // Of what is packed.
-  int64_t most_rows() const { return round_up(seq_.N, kDepthPad<T>) + (samples_.number - 1) * kDepthPad<T>; }
+  int64_t most_rows() const { return round_up(seq_.N, pad_) + (samples_.number - 1) * pad_; }
 
   void find() const {
     find_rows();
@@ -48,9 +45,9 @@ class RowOrder {
     for (int64_t s = 0; s < samples_.number; ++s) {
       first_span_[s] = spans;
       for (int64_t i = begin_[s]; i < begin_[s + 1]; i += kSpan) {
-        const int64_t left = begin_[s + 1] - i;
-        spans_[spans] = {i, left < kSpan ? left : kSpan, at};
-        at += spans_[spans++].template depth<T>();
+        const int64_t left = begin_[s + 1] - i, rows = left < kSpan ? left : kSpan;
+        spans_[spans] = {i, rows, at, round_up(rows, pad_)};
+        at += spans_[spans++].depth;
       }
     }
     first_span_[samples_.number] = spans;
@@ -80,14 +77,16 @@ class RowOrder {
 
   Sequence seq_;
   Samples samples_;
+  int64_t pad_;
   int64_t *rows_, *begin_, *first_span_;
   Span* spans_;
 };
 
-// Rows as the right-hand side of a product: spans of them, each cut into panels [depth][nv][lanes].
+// Rows as the right-hand side of a product: spans of them, each cut into panels [depth][nv][lanes], of values or of
+// values split into parts.
 template <class T>
 struct RowPanels {
-  T* data;
+  char* data;
   int64_t columns, panels;
   int nv;
 
@@ -97,9 +96,13 @@ struct RowPanels {
     return {nullptr, columns, ceil_div(vectors, nv), nv};
   }
   int64_t width() const { return nv * kLanes<Acc<T>>; }
-  T* panel(const Span& span, int64_t p) const {
-    return data + (span.at * panels + p * span.template depth<T>()) * width();
+  T* panel(const Span& span, int64_t p) const { return reinterpret_cast<T*>(data) + before(span, p); }
+  Split<bf16> parts(const Span& span, int64_t p) const {
+    return {reinterpret_cast<bf16*>(data) + before(span, p) * kParts, span.depth * width()};
   }
+
+ private:
+  int64_t before(const Span& span, int64_t p) const { return (span.at * panels + p * span.depth) * width(); }
 };
 
 // One step of depth, of `lanes` columns: a row, or for bf16 two rows zipped. Rows that do not exist are zero.
@@ -117,10 +120,10 @@ FASTRNN_INLINE Vec<Lane<T>> depth_row(const T* first, const T* second) {
 }
 
 template <class T>
-void pack_span(const RowPanels<T>& out, const T* const* rows, const RowOrder<T>& order, const Span& span, int64_t p) {
+void pack_span(const RowPanels<T>& out, const T* const* rows, const RowOrder& order, const Span& span, int64_t p) {
   constexpr int lanes = kLanes<Acc<T>>;
   T* to = out.panel(span, p);
-  for (int64_t n = 0; n < span.template depth<T>(); n += kPair<T>) {
+  for (int64_t n = 0; n < span.depth; n += kPair<T>) {
     const T* const first = n < span.rows ? rows[order.row(span.first + n)] : nullptr;
     const T* const second = n + 1 < span.rows ? rows[order.row(span.first + n + 1)] : nullptr;
     for (int v = 0; v < out.nv; ++v, to += lanes * kPair<T>) {
@@ -143,11 +146,11 @@ void pack_span(const RowPanels<T>& out, const T* const* rows, const RowOrder<T>&
 // Columns [0, columns) of one span of a matrix, transposed to rows [column][n], and their sums added to `sums`. Its
 // rows lie pages apart: what is wanted of each is read at once, and the next ones are fetched meanwhile.
 template <class T>
-void pack_transposed(T* out, Acc<T>* sums, const T* in, int64_t in_ld, const RowOrder<T>& order, const Span& span,
+void pack_transposed(T* out, Acc<T>* sums, const T* in, int64_t in_ld, const RowOrder& order, const Span& span,
                      int64_t columns) {
   using L = Lane<T>;
   constexpr int lanes = kLanes<L>, step = lanes * kPair<T>;
-  const int64_t ld = span.template depth<T>();
+  const int64_t ld = span.depth;
   const auto row = [&](int64_t n) { return in + order.row(span.first + n) * in_ld; };
   alignas(64) Acc<T> span_sums[kTaskRows] = {};
   for (int64_t n = 0; n < ld; n += step) {
