@@ -167,6 +167,25 @@ struct TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Tiles 0 and 1 hold sums of 16 rows side by side, where there is a pair; 2 and 3 those of the 16 rows below.
+template <bool Two>
+FASTRNN_INLINE void load_sums(const float* from, int64_t stride, bool pair) {
+  const float* const low = from + 16 * stride;
+  _tile_loadd(0, from, stride * 4);
+  if (pair) _tile_loadd(1, from + 16, stride * 4);
+  if constexpr (Two) _tile_loadd(2, low, stride * 4);
+  if (Two && pair) _tile_loadd(3, low + 16, stride * 4);
+}
+
+template <bool Two>
+FASTRNN_INLINE void store_sums(float* to, int64_t stride, bool pair) {
+  float* const low = to + 16 * stride;
+  _tile_stored(0, to, stride * 4);
+  if (pair) _tile_stored(1, to + 16, stride * 4);
+  if constexpr (Two) _tile_stored(2, low, stride * 4);
+  if (Two && pair) _tile_stored(3, low + 16, stride * 4);
+}
+
 // Blocks of up to 32 rows. Two tiles of A meet two of B at a time, so that each B tile, the one that comes from L2, is
 // loaded once: tiles 0-3 accumulate, 4-5 hold A, 6-7 B.
 template <int NV, bool Two>
@@ -176,11 +195,7 @@ void tile_block(const bf16* a, int64_t lda, const bf16* panel, int64_t K, const 
   const char* line = static_cast<const char*>(ahead);
   for (int v = 0; v < NV; v += 2) {
     const bool pair = v + 1 < NV;
-    const float* const low = init + 16 * init_stride;
-    _tile_loadd(0, init + v * 16, init_stride * 4);
-    if (pair) _tile_loadd(1, init + v * 16 + 16, init_stride * 4);
-    if constexpr (Two) _tile_loadd(2, low + v * 16, init_stride * 4);
-    if (Two && pair) _tile_loadd(3, low + v * 16 + 16, init_stride * 4);
+    load_sums<Two>(init + v * 16, init_stride, pair);
     const char* b = reinterpret_cast<const char*>(panel) + v * 64;
     for (int64_t k = 0; k < K; k += 32) {
       for (int i = 0; i < 16; ++i) __builtin_prefetch(line + i * kLineBytes, 0, 2);
@@ -197,11 +212,7 @@ void tile_block(const bf16* a, int64_t lda, const bf16* panel, int64_t K, const 
       }
       b += 16 * ld;
     }
-    float* const low_c = c + 16 * c_stride;
-    _tile_stored(0, c + v * 16, c_stride * 4);
-    if (pair) _tile_stored(1, c + v * 16 + 16, c_stride * 4);
-    if constexpr (Two) _tile_stored(2, low_c + v * 16, c_stride * 4);
-    if (Two && pair) _tile_stored(3, low_c + v * 16 + 16, c_stride * 4);
+    store_sums<Two>(c + v * 16, c_stride, pair);
   }
 }
 

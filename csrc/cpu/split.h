@@ -102,11 +102,7 @@ struct SplitBlock {
     const char* line = static_cast<const char*>(ahead);
     for (int v = 0; v < NV; v += 2) {
       const bool pair = v + 1 < NV;
-      const float* const low = init + 16 * init_stride;
-      _tile_loadd(0, init + v * 16, init_stride * 4);
-      if (pair) _tile_loadd(1, init + v * 16 + 16, init_stride * 4);
-      if constexpr (Two) _tile_loadd(2, low + v * 16, init_stride * 4);
-      if (Two && pair) _tile_loadd(3, low + v * 16 + 16, init_stride * 4);
+      load_sums<Two>(init + v * 16, init_stride, pair);
       for (int64_t k = 0; k < K; k += 32) {
         for (int i = 0; i < 16; ++i) __builtin_prefetch(line + i * kLineBytes, 0, 2);
         line += 16 * kLineBytes;
@@ -117,11 +113,7 @@ struct SplitBlock {
         load_b(0, k, v, pair);
         multiply(pair);
       }
-      float* const low_c = c + 16 * c_stride;
-      _tile_stored(0, c + v * 16, c_stride * 4);
-      if (pair) _tile_stored(1, c + v * 16 + 16, c_stride * 4);
-      if constexpr (Two) _tile_stored(2, low_c + v * 16, c_stride * 4);
-      if (Two && pair) _tile_stored(3, low_c + v * 16 + 16, c_stride * 4);
+      store_sums<Two>(c + v * 16, c_stride, pair);
     }
   }
 
