@@ -5,11 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import Case, Truth, as_function, collect, make_inputs, run, run_python, using
+from helpers import (
+    Case,
+    Inputs,
+    Truth,
+    as_function,
+    assert_close,
+    collect,
+    make_inputs,
+    run,
+    run_python,
+    using,
+)
 from helpers import poisoned as poisoned_memory
 
 import fastrnn
@@ -34,6 +46,7 @@ CASES = [
     Case(1025, 2, 3, 5),
     Case(40, 33, 130, 270),
     Case(3, 300, 600, 70, reverse=BOTH),
+    Case(9, 50, 200, 150, P=130, lengths=(9,) * 30 + (4,) * 20, reverse=BOTH),
     Case(90, 24, 40, 100, lengths=(90,) * 3 + tuple(range(63, 0, -3)), reverse=BOTH),
     Case(6, 5, 9, 11, reverse=(True,)),
     Case(6, 5, 9, 21, reverse=BOTH),
@@ -135,11 +148,36 @@ def test_gradcheck_in_double(cell: str, case: Case, name: str) -> None:
         assert torch.autograd.gradcheck(layer, leaves, fast_mode=False)
 
 
+@pytest.mark.parametrize("name", _C.isas())
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_not_finite_stays_in_its_row(cell: str, name: str) -> None:
+    """And does there what it does in plain arithmetic, by whatever parts products are summed up."""
+    case = Case(8, 40, 160, 144)
+    inputs = make_inputs(cell, case, torch.float32)
+    with torch.no_grad():
+        inputs.x[2, 3, 5] = math.inf
+        inputs.x[4, 1, 0] = -math.inf
+        inputs.x[5, 7, 3] = math.nan
+
+    def outputs(given: Inputs, backend: str) -> tuple[torch.Tensor, ...]:
+        leaves, layer = as_function(cell, case, given)
+        with torch.no_grad(), using(backend):
+            return layer(*leaves)
+
+    with isa(name), poisoned():
+        ours = outputs(inputs, "cpu")
+    for found, exact in zip(ours, outputs(inputs.to(torch.float64), "reference"), strict=True):
+        finite = exact.isfinite()
+        assert 0 < finite.sum() < finite.numel()
+        assert torch.equal(found[~finite].double().nan_to_num(1), exact[~finite].nan_to_num(1))
+        assert_close(found[finite], exact[finite], case.I + case.H, torch.float32)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "case",
-    [Case(20, 3, 17, 37, reverse=BOTH), Case(20, 40, 17, 37), Case(9, 1, 40, 96)],
+    [Case(20, 3, 17, 37, reverse=BOTH), Case(9, 40, 150, 130), Case(9, 1, 40, 96)],
     ids=str,
 )
 @pytest.mark.parametrize("cell", CELLS)

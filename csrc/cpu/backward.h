@@ -40,8 +40,8 @@ struct BackwardLayout {
     for (int g = 0; g < args.G; ++g) {
       GroupBuffers& buffers = group[g];
       const int vectors = args.P ? plan.proj_vectors : plan.panel_vectors;
-      buffers.hh = panels(args.out(), vectors, depth, plan.pack);
-      buffers.hr = panels(args.H, plan.panel_vectors, products.proj_depth, args.P > 0);
+      buffers.hh = Panels<T>::make(arena_, args.out(), vectors, 1, depth, false, plan.pack);
+      buffers.hr = Panels<T>::make(arena_, args.H, plan.panel_vectors, 1, products.proj_depth, false, args.P > 0);
       const int64_t rows = args.seq.B + kRowPad<T> * plan.row_parts;
       for (T*& d : buffers.dgates) d = arena_.template take<T>(kCopies ? rows * depth : 0);
       buffers.dh = arena_.template take<T>(args.P ? rows * products.proj_depth : 0);
@@ -61,13 +61,6 @@ struct BackwardLayout {
   Row* rows = nullptr;
 
  private:
-  Panels<T> panels(int64_t units, int vectors, int64_t panel_depth, bool packed) {
-    Panels<T> p{nullptr, nullptr, ceil_div(units, vectors * kLanes<A>), panel_depth, vectors};
-    p.data = packed ? arena_.template take<T>(p.count * p.stride()) : nullptr;
-    p.bias = packed ? arena_.template take<A>(p.count * p.width()) : nullptr;
-    return p;
-  }
-
   Arena arena_;
 
  public:

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "../cells/cells.h"
-#include "arena.h"
 #include "pack.h"
 #include "team.h"
 
@@ -46,6 +45,7 @@ struct ForwardLayout {
   };
   struct ThreadBuffers {
     T* x;               // [rows of a chunk, Ik]
+    Split<bf16> parts;  // of the rows of a product
     Strided<A>* gates;  // [rows of a chunk]
     Row* rows;          // [rows of a step]
   };
@@ -56,27 +56,31 @@ struct ForwardLayout {
         Op(round_up(args.out(), kUnitPad)),
         Ok(round_up(Op, kDepthPad<T>)),
         Ik(round_up(args.I, kDepthPad<T>)),
-        arena_(base) {
+        arena_(base),
+        pack_(plan.pack) {
     const Sequence& seq = args.seq;
     const int64_t chunk = plan.chunk < seq.T ? plan.chunk : seq.T;
     for (int g = 0; g < args.G; ++g) {
       const Group& given = args.groups[g];
       GroupBuffers& buffers = group[g];
-      buffers.ih = weights(given.w_ih, given.b_ih, Cell::gates, args.H, args.I, Ik, plan.panel_vectors, plan.pack);
-      buffers.hh = weights(given.w_hh, given.b_hh, Cell::gates, args.H, args.out(), Ok, plan.panel_vectors, plan.pack);
+      buffers.ih = weights(given.w_ih, given.b_ih, Cell::gates, args.H, args.I, plan.panel_vectors, plan.split_input);
+      buffers.hh =
+          weights(given.w_hh, given.b_hh, Cell::gates, args.H, args.out(), plan.panel_vectors, plan.split_state);
       const int64_t rows = seq.B + kRowPad<T> * plan.row_parts;
       for (T*& h : buffers.h) h = arena_.template take<T>(rows * Ok);
       if (args.P) {
-        buffers.hr = weights(given.w_hr, nullptr, 1, args.P, args.H, Hk, plan.proj_vectors, plan.pack);
+        buffers.hr = weights(given.w_hr, nullptr, 1, args.P, args.H, plan.proj_vectors, plan.split_state);
         buffers.whole_h = arena_.template take<T>(rows * Hk);
       }
       buffers.c = Cell::states > 1 ? arena_.template take<A>(seq.B * Hp) : nullptr;
       buffers.gates_x = args.gates ? nullptr : arena_.template take<A>(chunk * seq.B * Cell::gates * Hp);
     }
-    const int64_t rows = ceil_div(seq.B, plan.row_parts);
+    const int64_t rows = ceil_div(seq.B, plan.row_parts), part = split_size(args, plan, chunk * rows, rows);
     for (int i = 0; i < plan.threads; ++i) {
-      const ThreadBuffers buffers = {arena_.template take<T>((chunk * rows + kRowPad<T>)*Ik),
-                                     arena_.template take<Strided<A>>(chunk * rows), arena_.template take<Row>(rows)};
+      T* const x = arena_.template take<T>((chunk * rows + kRowPad<T>)*Ik);
+      bf16* const parts = arena_.template take<bf16>(kParts * part);
+      const ThreadBuffers buffers = {
+          x, {parts, part}, arena_.template take<Strided<A>>(chunk * rows), arena_.template take<Row>(rows)};
       if (i == thread_index) thread = buffers;
     }
   }
@@ -87,18 +91,21 @@ struct ForwardLayout {
   ThreadBuffers thread{};
 
  private:
-  // Panels of `vectors` units, each with all its gates.
-  Weights<T> weights(const void* w, const void* b, int gates, int64_t H, int64_t K, int64_t depth, int vectors,
-                     bool pack) {
-    Panels<T> p{nullptr, nullptr, ceil_div(H, vectors * kLanes<A>), depth, vectors * gates};
-    if (pack) {
-      p.data = arena_.template take<T>(p.count * p.stride());
-      p.bias = arena_.template take<A>(p.count * p.width());
-    }
-    return {p, static_cast<const T*>(w), static_cast<const T*>(b), gates, H, K, pack};
+  Weights<T> weights(const void* w, const void* b, int gates, int64_t H, int64_t K, int vectors, bool split) {
+    const Panels<T> panels = Panels<T>::make(arena_, H, vectors, gates, K, split, pack_);
+    return {panels, static_cast<const T*>(w), static_cast<const T*>(b), gates, H, K, pack_};
+  }
+
+  // Values in a part of the rows of any product: whole tiles of them.
+  int64_t split_size(const ForwardArgs& args, const Plan& plan, int64_t chunk_rows, int64_t step_rows) const {
+    const int64_t input = plan.split_input ? round_up(chunk_rows, 16) * round_up(args.I, kSplitPad) : 0;
+    const int64_t deeper = args.H > args.out() ? args.H : args.out();
+    const int64_t state = plan.split_state ? round_up(step_rows, 16) * round_up(deeper, kSplitPad) : 0;
+    return input > state ? input : state;
   }
 
   Arena arena_;
+  bool pack_;
 };
 
 template <class Cell, class T>
@@ -189,12 +196,13 @@ class ForwardScan {
   // product.
   template <class Body>
   void for_each_block(const Weights<T>& w, const Sweep& sweep, const T* a, int64_t ld, int64_t rows, Body body) {
-    const RowBlocks<T> blocks(rows, w.panels.nv);
+    const RowBlocks<T> blocks(rows, w.panels.nv, w.panels.split);
+    const LeftRows<T> left = w.left(a, ld, rows, layout_.thread.parts);
     for (int64_t p = sweep.first; p != sweep.end; p += sweep.stride) {
       for (int64_t i = 0; i < blocks.count(); ++i) {
         const int64_t j = blocks.begin(i);
         const int n = blocks.size(i);
-        w.multiply(tile_, blocks.kernel(w.panels.nv, n), n, a + j * ld, ld, p, w.panels.ahead(p, p + sweep.stride, i));
+        w.multiply(tile_, left, j, n, p, w.panels.ahead(p, p + sweep.stride, i));
         body(j, n, p);
       }
     }

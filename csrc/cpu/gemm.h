@@ -11,6 +11,7 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
+// Vectors in a panel that registers accumulate, and in one at all.
 inline constexpr int kMaxVectors = 4;
 inline constexpr int kLineBytes = 64;
 
@@ -19,6 +20,7 @@ inline constexpr bool kTiles = true;
 #else
 inline constexpr bool kTiles = false;
 #endif
+inline constexpr int kMostVectors = kTiles ? 6 : kMaxVectors;
 
 template <class T>
 inline constexpr int kDepthPad = 1;
@@ -44,7 +46,7 @@ static_assert(max_rows(1) <= kMaxRows && max_rows(2) <= kMaxRows);
 // C of one block: kMaxRows rows of nv vectors.
 template <class T>
 struct alignas(64) Tile {
-  Acc<T> c[kMaxRows * kMaxVectors * kLanes<Acc<T>>];
+  Acc<T> c[kMaxRows * kMostVectors * kLanes<Acc<T>>];
   FASTRNN_INLINE AccVec<T> at(int row, int nv, int v) const { return load(c + (row * nv + v) * kLanes<Acc<T>>); }
 };
 
@@ -262,10 +264,11 @@ inline constexpr int kVectorRows = 1;
 template <class T>
 class RowBlocks {
  public:
-  RowBlocks(int64_t rows, int nv) : rows_(rows), count_(ceil_div(rows, tiles ? 32 : max_rows(nv))) {}
+  explicit RowBlocks(int64_t rows, int nv, bool split = false)
+      : rows_(rows), tiles_(split || (kTiles && kPair<T> == 2)), count_(ceil_div(rows, tiles_ ? 32 : max_rows(nv))) {}
   int64_t count() const { return count_; }
   int64_t begin(int64_t i) const {
-    if (tiles) return i * 32 < rows_ ? i * 32 : rows_;
+    if (tiles_) return i * 32 < rows_ ? i * 32 : rows_;
     return rows_ * i / count_;
   }
   int size(int64_t i) const { return static_cast<int>(begin(i + 1) - begin(i)); }
@@ -280,8 +283,9 @@ class RowBlocks {
   }
 
  private:
-  static constexpr bool tiles = kTiles && kPair<T> == 2;
-  int64_t rows_, count_;
+  int64_t rows_;
+  bool tiles_;
+  int64_t count_;
 };
 
 // C [rows, nv vectors] = init + A [rows, K] . panel, block by block; `next` is the panel wanted after this one.

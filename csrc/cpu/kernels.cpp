@@ -68,6 +68,7 @@ KernelTable make_table() {
   if (kTiles) {  // whose loads are of 16 lines at once
     table.rows_to_fetch[static_cast<int>(Dtype::bf16)] = 26;
     table.lines_to_share[static_cast<int>(Dtype::bf16)] = 38;
+    table.splits[static_cast<int>(Dtype::f32)] = true;
   }
   add_cells(table, AllCells{});
   table.fma_peak = fma_peak;

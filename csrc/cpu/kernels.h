@@ -26,6 +26,7 @@ struct KernelTable {
   int lanes[kDtypes];           // hidden units in a vector
   int rows_to_fetch[kDtypes];   // rows of arithmetic that hide the fetch of a panel from L2
   int lines_to_share[kDtypes];  // cache lines from L2 that take as long as one from another core
+  bool splits[kDtypes];         // values can be multiplied by their parts (split.h)
   int cells;
   CellInfo info[kMaxCells];
   CellKernels kernels[kMaxCells][kDtypes];

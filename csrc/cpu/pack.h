@@ -5,8 +5,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "gemm.h"
-#include "problem.h"
+#include "arena.h"
+#include "split.h"
 
 // GCC 12 and clang spell a shuffle alike; older GCC has its own builtin.
 #if defined(__has_builtin)
@@ -22,21 +22,34 @@ namespace FASTRNN_ISA {
 // transposed for backward, output unit is weight column `unit` and depth runs over the padded gates [gates][Hp].
 template <class T>
 struct Panels {
-  T* data;
+  char* data;
   Acc<T>* bias;   // [panels][nv * lanes]
   int64_t count;  // panels
   int64_t depth;  // padded K
   int nv;         // vectors in a panel
+  bool split;     // they are of parts of the values (split.h)
+
+  // Of `vectors` vectors of units, each with all its gates; without room if it is not wanted.
+  static Panels make(Arena& arena, int64_t units, int vectors, int gates, int64_t K, bool split, bool wanted) {
+    Panels p{nullptr, nullptr, ceil_div(units, vectors * kLanes<Acc<T>>), 0, vectors * gates, split};
+    p.depth = round_up(K, split ? kSplitPad : kDepthPad<T>);
+    if (!wanted) return p;
+    p.data = arena.take<char>(p.count * p.bytes());
+    p.bias = arena.take<Acc<T>>(p.count * p.width());
+    return p;
+  }
 
   int width() const { return nv * kLanes<Acc<T>>; }
-  int64_t stride() const { return depth * width(); }
-  T* panel(int64_t p) const { return data + p * stride(); }
+  int64_t size() const { return depth * width(); }
+  int64_t bytes() const { return size() * static_cast<int64_t>(split ? kParts * sizeof(bf16) : sizeof(T)); }
+  T* panel(int64_t p) const { return reinterpret_cast<T*>(data + p * bytes()); }
+  Split<bf16> parts(int64_t p) const { return {reinterpret_cast<bf16*>(data + p * bytes()), size()}; }
   const Acc<T>* panel_bias(int64_t p) const { return bias + p * width(); }
   // What block i of a run over panel p fetches ahead: its part of the panel that comes next, while there is any left.
   const void* ahead(int64_t p, int64_t next, int64_t i) const {
-    const int64_t bytes = stride() * static_cast<int64_t>(sizeof(T)), part = depth / kPair<T> * kLineBytes;
-    const bool left = next >= 0 && next < count && (i + 1) * part <= bytes;
-    return left ? reinterpret_cast<const char*>(panel(next)) + i * part : reinterpret_cast<const char*>(panel(p));
+    const int64_t part = depth / (split ? 2 : kPair<T>)*kLineBytes;
+    const bool left = next >= 0 && next < count && (i + 1) * part <= bytes();
+    return left ? data + next * bytes() + i * part : data + p * bytes();
   }
   // Where output (vector v, lane) at depth k stands in panel p.
   T& at(int64_t p, int64_t k, int v, int lane) const {
@@ -101,6 +114,24 @@ void transpose_block(T* out, int width, const T* in, int64_t ld) {
   for (int i = 0; i < kLanes<L>; ++i) std::memcpy(out + i * width * kPair<T>, &rows[i], sizeof rows[i]);
 }
 
+// Depths k and on of vector v of a panel, from as many rows of w, of which `valid` exist.
+template <class T>
+void split_block(const Panels<T>& out, int64_t p, int64_t k, int v, const T* w, int64_t K, int valid) {
+  constexpr int lanes = kLanes<T>;
+  alignas(64) T block[lanes * lanes] = {};
+  if (valid == lanes && k + lanes <= K) {
+    transpose_block(block, lanes, w + k, K);
+  } else {
+    for (int lane = 0; lane < valid; ++lane) {
+      for (int64_t i = 0; i < lanes && k + i < K; ++i) block[i * lanes + lane] = w[lane * K + k + i];
+    }
+  }
+  for (int i = 0; i < lanes; i += 2) {
+    store_pair(out.parts(p).from((k + i) * out.width() + v * 2 * lanes), load(block + i * lanes),
+               load(block + (i + 1) * lanes));
+  }
+}
+
 // Panel p of w [gates * H, K], unit vectors outermost: vector v is gate v % gates of unit vector v / gates.
 template <class T>
 void pack_rows(const Panels<T>& out, int64_t p, const T* w, const T* bias, int gates, int64_t H, int64_t K) {
@@ -113,6 +144,9 @@ void pack_rows(const Panels<T>& out, int64_t p, const T* w, const T* bias, int g
       out.bias[p * out.width() + v * lanes + lane] = bias && lane < valid ? widen_one(bias[row0 + lane]) : 0;
     }
     int64_t k = 0;
+    if constexpr (kSplits<T>) {
+      for (; out.split && k < out.depth; k += lanes) split_block(out, p, k, v, w + row0 * K, K, valid);
+    }
     if (valid == lanes) {
       for (; k + kBlockDepth<T> <= K; k += kBlockDepth<T>)
         transpose_block(&out.at(p, k, v, 0), out.width(), w + row0 * K + k, K);
@@ -137,6 +171,10 @@ template <class T>
 void pack_columns(const Panels<T>& out, int64_t p, const T* w, int gates, int64_t H, int64_t columns) {
   constexpr int lanes = kLanes<Acc<T>>;
   for (int i = 0; i < out.width(); ++i) out.bias[p * out.width() + i] = 0;
+  if constexpr (kSplits<T>) {
+    const auto row = [&](int64_t k) { return row_of_depth(w, k, gates, H, columns); };
+    if (out.split) return split_panel(out.parts(p), out.depth, out.nv, columns, p, row);
+  }
   for (int64_t k = 0; k < out.depth; ++k) {
     const T* const row = row_of_depth(w, k, gates, H, columns);
     for (int v = 0; v < out.nv; ++v) {
@@ -193,6 +231,14 @@ FASTRNN_INLINE AccVec<T> dots(const T* rows, const T* a, int64_t n) {
   return total;
 }
 
+// What stands to the left in a product: rows `ld` apart, and their parts where it is these that are multiplied.
+template <class T>
+struct LeftRows {
+  const T* values;
+  int64_t ld;
+  Split<bf16> parts;
+};
+
 // What a forward GEMM multiplies by: packed panels, or the weights as they are.
 template <class T>
 struct Weights {
@@ -206,10 +252,29 @@ struct Weights {
     if (packed) pack_rows(panels, p, w, b, gates, H, K);
   }
 
-  void multiply(Tile<T>& out, Block<T> kernel, int rows, const T* a, int64_t lda, int64_t p, const void* ahead) const {
-    if (packed)
-      return kernel(a, lda, panels.panel(p), panels.depth, panels.panel_bias(p), 0, out.c, panels.width(), ahead);
-    for (int r = 0; r < rows; ++r) multiply_unpacked(out.c + r * panels.width(), a + r * lda, p);
+  // `room` is for parts. What is not finite they cannot tell from NaN: then there are none.
+  LeftRows<T> left(const T* a, int64_t ld, int64_t rows, const Split<bf16>& room) const {
+    if constexpr (kSplits<T>) {
+      if (panels.split && split_rows(room, a, ld, rows, K)) return {a, ld, room};
+    }
+    return {a, ld, {}};
+  }
+
+  // Up to kMaxRows rows from `row` on.
+  void multiply(Tile<T>& out, const LeftRows<T>& a, int64_t row, int rows, int64_t p, const void* ahead) const {
+    const int64_t depth = panels.depth, width = panels.width();
+    if constexpr (kSplits<T>) {
+      if (a.parts.data) {
+        return multiply_split(a.parts.from(row * depth), depth, rows, panels.parts(p), depth, panels.nv,
+                              panels.panel_bias(p), 0, out.c, width, ahead);
+      }
+    }
+    const T* const first = a.values + row * a.ld;
+    if (packed && !panels.split) {
+      const Block<T> kernel = RowBlocks<T>::kernel(panels.nv, rows);
+      return kernel(first, a.ld, panels.panel(p), depth, panels.panel_bias(p), 0, out.c, width, ahead);
+    }
+    for (int r = 0; r < rows; ++r) multiply_unpacked(out.c + r * width, first + r * a.ld, p);
   }
 
  private:

@@ -13,8 +13,6 @@ constexpr int64_t kChunkRows = 64;
 // Fewer rows than this over all timesteps do not pay for packing the weights.
 constexpr int64_t kPackRows = 4;
 // The costs were fitted to the times of 90 sizes, forward and backward, on two cores of an Emerald Rapids.
-// What a core's own L2 surely holds; weights from beyond it take this many times as long to fetch.
-constexpr double kNearBytes = 1e6, kFarFactor = 5;
 // The part of a fetch that arithmetic does not hide.
 constexpr double kUnhidden = 0.6;
 // What threads that share the units of a row pay besides the lines that come from other cores: a barrier between steps,
@@ -22,10 +20,37 @@ constexpr double kUnhidden = 0.6;
 constexpr double kBarrier = 750, kCoupling = 1.05;
 constexpr double kLineBytes = 64;
 
+// A product's costs, in vector multiply-adds as all of them.
+struct Product {
+  double row;  // a row by a vector of a panel, for each step of depth
+  int64_t row_pad, depth_pad;
+  int64_t overhead;   // what else a row takes, in steps of depth
+  double split;       // and in vectors
+  double bytes;       // of a weight, against its own
+  double near_bytes;  // what a core's own L2 surely holds
+  double near, far;   // fetching a panel from L2 and from beyond it, against fetching its values from L2
+};
+constexpr Product kByValues = {1, 1, 1, 0, 0, 1, 1e6, 1, 5};
+// See split.h. This many rows of a matrix pay for splitting it.
+constexpr Product kByParts = {0.6, 16, 32, 40, 1.5, 1.5, 1.5e6, 1.2, 7.5};
+constexpr int64_t kSplitLeast = 192;
+
+// `rows` rows so deep by `vectors` vectors; fetching one from L2 takes as long as multiplying `rows_to_fetch` rows.
+double product_cost(const Product& product, int64_t rows, int64_t depth, double vectors, double vector_bytes,
+                    double rows_to_fetch) {
+  const auto padded = [](int64_t n, int64_t pad) { return static_cast<double>(round_up(n, pad)); };
+  const double steps = padded(depth, product.depth_pad) + static_cast<double>(product.overhead);
+  const double far = std::max(0.0, 1 - product.near_bytes / (vectors * vector_bytes * product.bytes));
+  const double fetch = rows_to_fetch * (product.near + far * (product.far - product.near));
+  const double work = std::max(product.row * padded(rows, product.row_pad), fetch) + fetch * kUnhidden;
+  return vectors * steps * work + product.split * static_cast<double>(rows * depth);
+}
+
 struct Step {
+  Product product;
   int64_t rows, panels, depth;
-  int nv;
-  double panel_bytes;
+  int unit_vectors, nv;
+  double vector_bytes;   // of all that is kept of a vector of weights, for the whole depth
   double rows_to_fetch;  // fetching a panel from L2 takes as long as multiplying this many rows by it
   double line;           // fetching a cache line from L2, in vector multiply-adds as all costs
   double shared_line;    // fetching it from another core
@@ -33,20 +58,25 @@ struct Step {
 };
 
 double step_cost(const Step& step, int row_parts, int unit_parts) {
-  const double rows = static_cast<double>(ceil_div(step.rows, row_parts));
-  const double panels = static_cast<double>(ceil_div(step.panels, unit_parts));
-  const double far = std::max(0.0, 1 - kNearBytes / (panels * step.panel_bytes));
-  const double fetch = step.rows_to_fetch * (1 + far * (kFarFactor - 1));
-  const double work = panels * static_cast<double>(step.depth * step.nv) * (std::max(rows, fetch) + fetch * kUnhidden);
+  const int64_t rows = ceil_div(step.rows, row_parts);
+  const double vectors = static_cast<double>(ceil_div(step.panels, unit_parts) * step.nv);
+  const double work = product_cost(step.product, rows, step.depth, vectors, step.vector_bytes, step.rows_to_fetch);
   if (unit_parts == 1) return work;
-  const double lines = rows * step.row_bytes / kLineBytes * (unit_parts - 1) / unit_parts;
+  const double lines = static_cast<double>(rows) * step.row_bytes / kLineBytes * (unit_parts - 1) / unit_parts;
   return work * kCoupling + kBarrier * step.line + lines * step.shared_line;
 }
 
-Plan divide(const Step& step, int G, int threads) {
+// A plan, and what a step of it costs.
+struct Division {
+  Plan plan;
+  double cost;
+};
+
+Division divide(const Step& step, int G, int threads) {
   Plan plan{};
   plan.threads = threads;
   plan.group_parts = std::gcd(threads, G);
+  plan.panel_vectors = step.unit_vectors;
   const int team = threads / plan.group_parts;
   double best = std::numeric_limits<double>::infinity();
   for (int unit_parts = 1; unit_parts <= team; ++unit_parts) {
@@ -58,12 +88,12 @@ Plan divide(const Step& step, int G, int threads) {
     plan.row_parts = row_parts;
     plan.unit_parts = unit_parts;
   }
-  return plan;
+  return {plan, best};
 }
 
 // Wide panels keep more accumulators busy; narrower ones waste fewer lanes and can be shared out.
 int panel_vectors(int most, int64_t vectors, int threads, int64_t B) {
-  int best = most;
+  int best = std::max(1, most);
   while (best > 1) {
     const int half = best / 2;
     const bool wasteful = round_up(vectors, half) < round_up(vectors, best);
@@ -76,19 +106,25 @@ int panel_vectors(int most, int64_t vectors, int threads, int64_t B) {
 
 // `input_depth` is that of other weights which take turns with these in the cache.
 Step make_step(const KernelTable& table, Dtype dtype, const Sequence& seq, int64_t H, int64_t depth,
-               int64_t input_depth, int vectors, int nv) {
+               int64_t input_depth, int vectors, int nv, const Product& product) {
   const int lanes = table.lanes[static_cast<int>(dtype)];
   const double element = static_cast<double>(element_size(dtype));
   const int64_t panels = ceil_div(ceil_div(H, lanes), vectors);
   const double rows_to_fetch = table.rows_to_fetch[static_cast<int>(dtype)];
   const double vector_bytes = lanes * element;
-  Step step{ceil_div(seq.N, seq.T), panels, depth, nv};
-  step.panel_bytes = static_cast<double>((depth + input_depth) * nv) * vector_bytes;
+  Step step{product, ceil_div(seq.N, seq.T), panels, depth, vectors, nv};
+  step.vector_bytes = static_cast<double>(depth + input_depth) * vector_bytes;
   step.rows_to_fetch = rows_to_fetch;
   step.line = rows_to_fetch * kLineBytes / vector_bytes;
   step.shared_line = step.line * table.lines_to_share[static_cast<int>(dtype)];
   step.row_bytes = static_cast<double>(depth) * element;
   return step;
+}
+
+// Whether rows so deep take less time to multiply by parts, fetching the weights aside.
+bool pays_to_split(int64_t rows, int64_t depth, int64_t vectors) {
+  const auto cost = [&](const Product& p) { return product_cost(p, rows, depth, static_cast<double>(vectors), 0, 0); };
+  return cost(kByParts) < cost(kByValues);
 }
 
 int proj_vectors(const KernelTable& table, Dtype dtype, int threads, const LayerArgs& args) {
@@ -99,23 +135,31 @@ int proj_vectors(const KernelTable& table, Dtype dtype, int threads, const Layer
 
 Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, int threads, const ForwardArgs& args) {
   const int64_t vectors = ceil_div(args.H, table.lanes[static_cast<int>(dtype)]);
-  const int unit_vectors = panel_vectors(std::max(1, 4 / cell.gates), vectors, threads, args.seq.B);
-  const Step step =
-      make_step(table, dtype, args.seq, args.H, args.out(), args.I, unit_vectors, unit_vectors * cell.gates);
-  Plan plan = divide(step, args.G, threads);
-  plan.panel_vectors = unit_vectors;
+  const auto division = [&](int most_vectors, const Product& product) {
+    const int unit_vectors = panel_vectors(most_vectors / cell.gates, vectors, threads, args.seq.B);
+    const Step step =
+        make_step(table, dtype, args.seq, args.H, args.out(), args.I, unit_vectors, unit_vectors * cell.gates, product);
+    return divide(step, args.G, threads);
+  };
+  const bool splits = table.splits[static_cast<int>(dtype)] && args.seq.N >= kSplitLeast;
+  const Division by_values = division(4, kByValues), by_parts = division(cell.gates == 3 ? 6 : 4, kByParts);
+  const bool split_state = splits && by_parts.cost < by_values.cost;
+  Plan plan = split_state ? by_parts.plan : by_values.plan;
+  const int64_t rows = ceil_div(args.seq.B, plan.row_parts);
   plan.proj_vectors = proj_vectors(table, dtype, threads, args);
-  plan.chunk = std::max<int64_t>(1, kChunkRows * plan.unit_parts / ceil_div(args.seq.B, plan.row_parts));
+  plan.chunk = std::max<int64_t>(1, kChunkRows * plan.unit_parts / rows);
   plan.pack = args.seq.N >= kPackRows;
+  plan.split_state = split_state;
+  plan.split_input = splits && pays_to_split(rows * std::min(plan.chunk, args.seq.T), args.I, cell.gates * vectors);
   return plan;
 }
 
 Plan plan_backward(const KernelTable& table, const CellInfo& cell, Dtype dtype, int threads, const BackwardArgs& args) {
   const int64_t vectors = ceil_div(args.H, table.lanes[static_cast<int>(dtype)]);
   const int unit_vectors = panel_vectors(4, vectors, threads, args.seq.B);
-  const Step step = make_step(table, dtype, args.seq, args.H, cell.gates * args.H, 0, unit_vectors, unit_vectors);
-  Plan plan = divide(step, args.G, threads);
-  plan.panel_vectors = unit_vectors;
+  const Step step =
+      make_step(table, dtype, args.seq, args.H, cell.gates * args.H, 0, unit_vectors, unit_vectors, kByValues);
+  Plan plan = divide(step, args.G, threads).plan;
   plan.proj_vectors = proj_vectors(table, dtype, threads, args);
   plan.chunk = 1;
   plan.pack = args.seq.T > 1 || args.dh0;

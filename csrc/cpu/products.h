@@ -28,7 +28,6 @@ struct ProductsLayout {
   };
   struct GroupBuffers {
     Panels<T> w_ih;          // by columns, for dx
-    bf16* w_ih_parts;        // the same split, [panels][kParts][split_depth][width]
     T *dgates_x, *dgates_h;  // [N, depth], the same where the cell's two kinds are
     T* dprojection;          // [N, proj_depth]
     RowPanels<T> h, whole_h;
@@ -38,7 +37,6 @@ struct ProductsLayout {
   ProductsLayout(Arena& arena, const BackwardArgs& args, const Plan& plan, int gates, bool shared, int thread_index)
       : depth(round_up(gates * round_up(args.H, kUnitPad), kDepthPad<T>)),
         proj_depth(round_up(round_up(args.P, kUnitPad), kDepthPad<T>)),
-        split_depth(round_up(depth, kSplitPad)),
         split(kSplits<T> && args.seq.N >= kSplitRows * args.samples.number),
         x(RowPanels<T>::make(args.I)),
         order(arena, args.seq, args.samples, split ? kSplitPad : kDepthPad<T>) {
@@ -60,12 +58,7 @@ struct ProductsLayout {
       buffers.dprojection = arena.take<T>(args.P ? rows * proj_depth : 0);
       buffers.h = RowPanels<T>::make(args.out());
       buffers.whole_h = RowPanels<T>::make(args.H);
-      buffers.w_ih = {nullptr, nullptr, x.panels, depth, x.nv};
-      buffers.w_ih_parts = arena.take<bf16>(args.dx && split ? x.panels * kParts * split_depth * x.width() : 0);
-      if (args.dx && !thin && !split) {
-        buffers.w_ih.data = arena.take<T>(x.panels * buffers.w_ih.stride());
-        buffers.w_ih.bias = arena.take<A>(x.panels * x.width());
-      }
+      buffers.w_ih = Panels<T>::make(arena, args.I, x.nv, 1, depth, split, args.dx && !thin);
       buffers.h.data = room(buffers.h, args.wants_dw_hh());
       buffers.h_rows = args.wants_dw_hh() ? arena.take<const T*>(N) : nullptr;
       buffers.whole_h.data = room(buffers.whole_h, args.wants_dw_hr());
@@ -84,7 +77,7 @@ struct ProductsLayout {
     }
   }
 
-  int64_t depth, proj_depth, split_depth;
+  int64_t depth, proj_depth;
   bool split;  // products are of parts
   bool thin;
   RowPanels<T> x;  // what all inputs have in common
@@ -295,20 +288,7 @@ class Products {
   }
 
   void pack_w_ih(int64_t g, int64_t p, const T* w) {
-    const typename Layout::GroupBuffers& buffers = layout_.group[g];
-    if constexpr (kSplits<T>) {
-      if (layout_.split) {
-        const auto row = [&](int64_t k) { return row_of_depth(w, k, gates_, args_.H, args_.I); };
-        return split_panel(w_ih_parts(g, p, 0), layout_.split_depth, layout_.x.nv, args_.I, p, row);
-      }
-    }
-    pack_columns(buffers.w_ih, p, w, gates_, args_.H, args_.I);
-  }
-
-  // From row k on.
-  Split<bf16> w_ih_parts(int64_t g, int64_t p, int64_t k) const {
-    const int64_t width = layout_.x.width(), part = layout_.split_depth * width;
-    return {layout_.group[g].w_ih_parts + p * kParts * part + k * width, part};
+    pack_columns(layout_.group[g].w_ih, p, w, gates_, args_.H, args_.I);
   }
 
   // The groups that read an input.
@@ -341,14 +321,15 @@ class Products {
     const int64_t width = x.width();
     bool first = true;
     for (int64_t g = groups.begin; g < groups.end; ++g) {
+      const Panels<T>& w = layout_.group[g].w_ih;
       for (int64_t k = 0; k < layout_.depth; k += kSpan, first = false) {
         const int64_t left = layout_.depth - k, depth = left < kSpan ? left : kSpan, ld = round_up(depth, kSplitPad);
         const T* const dgates = layout_.group[g].dgates_x + n0 * layout_.depth + k;
         split_rows(layout_.lhs_parts, dgates, layout_.depth, rows, depth);
         for (int64_t p = 0; p < x.panels; ++p) {
           A* const c = layout_.stage + p * kTaskRows * width;
-          const Split<bf16> next = w_ih_parts(g, p + 1 < x.panels ? p + 1 : 0, k);
-          multiply_split(layout_.lhs_parts, ld, rows, w_ih_parts(g, p, k), ld, x.nv, first ? kZeros : c,
+          const Split<bf16> next = w.parts(p + 1 < x.panels ? p + 1 : 0).from(k * width);
+          multiply_split(layout_.lhs_parts, ld, rows, w.parts(p).from(k * width), ld, x.nv, first ? kZeros : c,
                          first ? 0 : width, c, width, next.data);
         }
       }

@@ -24,6 +24,7 @@ struct Split {
   P* data;
   int64_t part;  // from one part to the next
   P* of(int j) const { return data + j * part; }
+  Split from(int64_t i) const { return {data + i, part}; }
 };
 
 #if defined(__AMX_BF16__)
@@ -42,39 +43,49 @@ FASTRNN_INLINE Parts parts_of(Vec<float> x) {
   return parts;
 }
 
-// A panel [depth][nv][lanes] in the order of bf16 panels (see gemm.h), whose row k is columns of row(k), null for
-// zeros.
+// Two steps of depth of one vector, in the order of bf16 panels (see gemm.h).
+FASTRNN_INLINE void store_pair(const Split<bf16>& out, Vec<float> first, Vec<float> second) {
+  const Parts low = parts_of(first), high = parts_of(second);
+  for (int j = 0; j < kParts; ++j) {
+    const Vec<uint32_t> pairs = low.of[j] >> 16 | high.of[j];
+    std::memcpy(out.of(j), &pairs, sizeof pairs);
+  }
+}
+
+// A panel [depth][nv][lanes] whose row k is columns of row(k), null for zeros.
 template <class RowOf>
 void split_panel(const Split<bf16>& out, int64_t depth, int nv, int64_t columns, int64_t p, RowOf row) {
   constexpr int lanes = kLanes<float>;
-  bf16* to = out.data;
+  int64_t at = 0;
   for (int64_t k = 0; k < depth; k += 2) {
     const float *const first = row(k), *const second = row(k + 1);
-    for (int v = 0; v < nv; ++v, to += 2 * lanes) {
+    for (int v = 0; v < nv; ++v, at += 2 * lanes) {
       const int64_t column = (p * nv + v) * lanes, left = columns - column;
-      const Parts low = parts_of(first && left > 0 ? load_first(first + column, left) : Vec<float>{});
-      const Parts high = parts_of(second && left > 0 ? load_first(second + column, left) : Vec<float>{});
-      for (int j = 0; j < kParts; ++j) {
-        const Vec<uint32_t> pairs = low.of[j] >> 16 | high.of[j];
-        std::memcpy(to + j * out.part, &pairs, sizeof pairs);
-      }
+      store_pair(out.from(at), first && left > 0 ? load_first(first + column, left) : Vec<float>{},
+                 second && left > 0 ? load_first(second + column, left) : Vec<float>{});
     }
   }
 }
 
-// Rows of `depth` floats, a multiple of 16, as rows of round_up(depth, kSplitPad).
-inline void split_rows(const Split<bf16>& out, const float* a, int64_t lda, int64_t rows, int64_t depth) {
+// Rows of `depth` floats as rows of round_up(depth, kSplitPad). Whether all of them are finite.
+inline bool split_rows(const Split<bf16>& out, const float* a, int64_t lda, int64_t rows, int64_t depth) {
   constexpr int lanes = kLanes<float>;
   const int64_t ld = round_up(depth, kSplitPad);
+  Vec<float> zeros = {};
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t k = 0; k < ld; k += lanes) {
-      const Parts parts = parts_of(k < depth ? load(a + r * lda + k) : Vec<float>{});
+      const Vec<float> x = k < depth ? load_first(a + r * lda + k, depth - k) : Vec<float>{};
+      const Parts parts = parts_of(x);
+      zeros += x - x;
       for (int j = 0; j < kParts; ++j) {
         const HalfVec part = __builtin_convertvector(parts.of[j] >> 16, HalfVec);
         std::memcpy(out.of(j) + r * ld + k, &part, sizeof part);
       }
     }
   }
+  float zero = 0;
+  for (int lane = 0; lane < lanes; ++lane) zero += zeros[lane];
+  return zero == 0;
 }
 
 template <int NV, bool Two>
@@ -156,7 +167,8 @@ inline void multiply_split(const Split<bf16>& a, int64_t lda, int64_t rows, cons
   const auto kernel = nv == 1   ? multiply_split<1>
                       : nv == 2 ? multiply_split<2>
                       : nv == 3 ? multiply_split<3>
-                                : multiply_split<4>;
+                      : nv == 4 ? multiply_split<4>
+                                : multiply_split<6>;
   kernel(a, lda, rows, panel, K, init, init_stride, c, c_stride, ahead);
 }
 
