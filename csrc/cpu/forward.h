@@ -35,7 +35,7 @@ struct ForwardLayout {
     T* h[2];     // [B, Ok] before and after a step, in turn
     T* whole_h;  // [B, Hk] what is projected
     A* c;        // [blocks, B, kUnitPad] initial cell states, and the current ones where they are not saved
-    A* gates_x;  // [chunk, blocks, B, gates, kUnitPad] where the gates are not saved
+    A* gates_x;  // [steps of a chunk][blocks, active, gates, kUnitPad] where the gates are not saved
   };
   // Where one batch row's vectors lie in one step.
   struct Row {
@@ -59,7 +59,8 @@ struct ForwardLayout {
         arena_(base),
         pack_(plan.pack) {
     const Sequence& seq = args.seq;
-    const int64_t chunk = plan.chunk < seq.T ? plan.chunk : seq.T;
+    const int64_t step_rows = ceil_div(seq.B, plan.row_parts);  // of one thread
+    const int64_t chunk_rows = (plan.chunk < seq.T ? plan.chunk : seq.T) * step_rows;
     for (int g = 0; g < args.G; ++g) {
       const Group& given = args.groups[g];
       GroupBuffers& buffers = group[g];
@@ -73,14 +74,14 @@ struct ForwardLayout {
         buffers.whole_h = arena_.template take<T>(rows * Hk);
       }
       buffers.c = Cell::states > 1 ? arena_.template take<A>(seq.B * Hp) : nullptr;
-      buffers.gates_x = args.gates ? nullptr : arena_.template take<A>(chunk * seq.B * Cell::gates * Hp);
+      buffers.gates_x = args.gates ? nullptr : arena_.template take<A>(chunk_rows * plan.row_parts * Cell::gates * Hp);
     }
-    const int64_t rows = ceil_div(seq.B, plan.row_parts), part = split_size(args, plan, chunk * rows, rows);
+    const int64_t part = split_size(args, plan, chunk_rows, step_rows);
     for (int i = 0; i < plan.threads; ++i) {
-      T* const x = arena_.template take<T>((chunk * rows + kRowPad<T>)*Ik);
+      T* const x = arena_.template take<T>((chunk_rows + kRowPad<T>)*Ik);
       bf16* const parts = arena_.template take<bf16>(kParts * part);
       const ThreadBuffers buffers = {
-          x, {parts, part}, arena_.template take<Strided<A>>(chunk * rows), arena_.template take<Row>(rows)};
+          x, {parts, part}, arena_.template take<Strided<A>>(chunk_rows), arena_.template take<Row>(step_rows)};
       if (i == thread_index) thread = buffers;
     }
   }
@@ -148,8 +149,8 @@ class ForwardScan {
     start_states();
     finish_idle_rows();
     share_.sync();
-    for (int64_t s0 = 0; s0 < seq_.T; s0 += chunk_) {
-      const int64_t s1 = s0 + chunk_ < seq_.T ? s0 + chunk_ : seq_.T;
+    for (int64_t s0 = 0, s1; s0 < seq_.T; s0 = s1) {
+      s1 = end_of_chunk(s0);
       input_gates(s0, s1);
       for (int64_t s = s0; s < s1; ++s) {
         step(s, s0);
@@ -210,9 +211,26 @@ class ForwardScan {
 
   Strided<A> gates_row(int64_t t, int64_t s0, int64_t b) const {
     const int64_t width = gates_values_ * layout_.Hp;
-    if (gates_) return strided_row(gates_ + seq_.offset(t) * width, seq_.active(t), b, gates_values_);
-    const int64_t step = group_.reverse ? seq_.T - 1 - s0 - t : t - s0;
-    return strided_row(buffers_.gates_x + step * seq_.B * width, seq_.B, b, gates_values_);
+    A* const step = gates_ ? gates_ + seq_.offset(t) * width : buffers_.gates_x + rows_since(s0, t) * width;
+    return strided_row(step, seq_.active(t), b, gates_values_);
+  }
+
+  // How many rows the steps from s0 on have that come before time t.
+  int64_t rows_since(int64_t s0, int64_t t) const {
+    const int64_t first = group_.step_to_time(s0, seq_.T);
+    if (group_.reverse) return seq_.offset(first) + seq_.active(first) - seq_.offset(t) - seq_.active(t);
+    return seq_.offset(t) - seq_.offset(first);
+  }
+
+  // As many steps as have no more rows than the chunk of full ones: the thin ones of a packed batch are gathered.
+  int64_t end_of_chunk(int64_t s) const {
+    const auto most = [this](int64_t rows) { return ceil_div(rows, share_.row_parts); };
+    int64_t left = chunk_ * most(seq_.B);
+    for (; s < seq_.T; ++s) {
+      left -= most(seq_.active(group_.step_to_time(s, seq_.T)));
+      if (left < 0) break;
+    }
+    return s;
   }
 
   // My rows of steps [s0, s1) gathered side by side, then multiplied panel by panel.

@@ -19,6 +19,8 @@ constexpr double kUnhidden = 0.6;
 // in lines fetched from L2, and a factor, for all wait for the one that loses its core.
 constexpr double kBarrier = 750, kCoupling = 1.05;
 constexpr double kLineBytes = 64;
+// From so many rows of a step on, chunks are so short that the input's weights push the others out of the cache.
+constexpr double kTurnRows = 16;
 
 // A product's costs, in vector multiply-adds as all of them.
 struct Product {
@@ -29,10 +31,11 @@ struct Product {
   double bytes;       // of a weight, against its own
   double near_bytes;  // what a core's own L2 surely holds
   double near, far;   // fetching a panel from L2 and from beyond it, against fetching its values from L2
+  double shared;      // fetching what other cores wrote, against one line after the other
 };
-constexpr Product kByValues = {1, 1, 1, 0, 0, 1, 1e6, 1, 5};
+constexpr Product kByValues = {1, 1, 1, 0, 0, 1, 1e6, 1, 5, 1};
 // See split.h. This many rows of a matrix pay for splitting it.
-constexpr Product kByParts = {0.6, 16, 32, 40, 1.5, 1.5, 1.5e6, 1.2, 7.5};
+constexpr Product kByParts = {0.6, 16, 32, 40, 1.5, 1.5, 1.5e6, 1.2, 7.5, 0.3};
 constexpr int64_t kSplitLeast = 192;
 
 // `rows` rows so deep by `vectors` vectors; fetching one from L2 takes as long as multiplying `rows_to_fetch` rows.
@@ -50,7 +53,8 @@ struct Step {
   Product product;
   int64_t rows, panels, depth;
   int unit_vectors, nv;
-  double vector_bytes;   // of all that is kept of a vector of weights, for the whole depth
+  double vector_bytes;   // of a vector of weights, for the whole depth
+  double input_bytes;    // of one of the other weights, which take turns with these in the cache
   double rows_to_fetch;  // fetching a panel from L2 takes as long as multiplying this many rows by it
   double line;           // fetching a cache line from L2, in vector multiply-adds as all costs
   double shared_line;    // fetching it from another core
@@ -60,10 +64,11 @@ struct Step {
 double step_cost(const Step& step, int row_parts, int unit_parts) {
   const int64_t rows = ceil_div(step.rows, row_parts);
   const double vectors = static_cast<double>(ceil_div(step.panels, unit_parts) * step.nv);
-  const double work = product_cost(step.product, rows, step.depth, vectors, step.vector_bytes, step.rows_to_fetch);
+  const double kept = step.vector_bytes + step.input_bytes * std::min(1.0, static_cast<double>(rows) / kTurnRows);
+  const double work = product_cost(step.product, rows, step.depth, vectors, kept, step.rows_to_fetch);
   if (unit_parts == 1) return work;
   const double lines = static_cast<double>(rows) * step.row_bytes / kLineBytes * (unit_parts - 1) / unit_parts;
-  return work * kCoupling + kBarrier * step.line + lines * step.shared_line;
+  return work * kCoupling + kBarrier * step.line + lines * step.shared_line * step.product.shared;
 }
 
 // A plan, and what a step of it costs.
@@ -72,23 +77,27 @@ struct Division {
   double cost;
 };
 
+// The cheapest way to share out a step, one of each group, among parts of the threads that have the same number of
+// groups.
 Division divide(const Step& step, int G, int threads) {
-  Plan plan{};
-  plan.threads = threads;
-  plan.group_parts = std::gcd(threads, G);
-  plan.panel_vectors = step.unit_vectors;
-  const int team = threads / plan.group_parts;
-  double best = std::numeric_limits<double>::infinity();
-  for (int unit_parts = 1; unit_parts <= team; ++unit_parts) {
-    if (unit_parts > step.panels) break;
-    const int row_parts = static_cast<int>(std::min<int64_t>(team / unit_parts, step.rows));
-    const double cost = step_cost(step, row_parts, unit_parts);
-    if (cost >= best) continue;
-    best = cost;
-    plan.row_parts = row_parts;
-    plan.unit_parts = unit_parts;
+  Division best{{}, std::numeric_limits<double>::infinity()};
+  for (int group_parts = std::gcd(threads, G); group_parts >= 1; --group_parts) {
+    if (threads % group_parts || G % group_parts) continue;
+    const int team = threads / group_parts;
+    for (int unit_parts = 1; unit_parts <= std::min<int64_t>(team, step.panels); ++unit_parts) {
+      const int row_parts = static_cast<int>(std::min<int64_t>(team / unit_parts, step.rows));
+      const double cost = step_cost(step, row_parts, unit_parts) * (G / group_parts);
+      if (cost >= best.cost) continue;
+      Plan plan{};
+      plan.threads = threads;
+      plan.group_parts = group_parts;
+      plan.row_parts = row_parts;
+      plan.unit_parts = unit_parts;
+      plan.panel_vectors = step.unit_vectors;
+      best = {plan, cost};
+    }
   }
-  return {plan, best};
+  return best;
 }
 
 // Wide panels keep more accumulators busy; narrower ones waste fewer lanes and can be shared out.
@@ -104,7 +113,6 @@ int panel_vectors(int most, int64_t vectors, int threads, int64_t B) {
   return best;
 }
 
-// `input_depth` is that of other weights which take turns with these in the cache.
 Step make_step(const KernelTable& table, Dtype dtype, const Sequence& seq, int64_t H, int64_t depth,
                int64_t input_depth, int vectors, int nv, const Product& product) {
   const int lanes = table.lanes[static_cast<int>(dtype)];
@@ -113,7 +121,8 @@ Step make_step(const KernelTable& table, Dtype dtype, const Sequence& seq, int64
   const double rows_to_fetch = table.rows_to_fetch[static_cast<int>(dtype)];
   const double vector_bytes = lanes * element;
   Step step{product, ceil_div(seq.N, seq.T), panels, depth, vectors, nv};
-  step.vector_bytes = static_cast<double>(depth + input_depth) * vector_bytes;
+  step.vector_bytes = static_cast<double>(depth) * vector_bytes;
+  step.input_bytes = static_cast<double>(input_depth) * vector_bytes;
   step.rows_to_fetch = rows_to_fetch;
   step.line = rows_to_fetch * kLineBytes / vector_bytes;
   step.shared_line = step.line * table.lines_to_share[static_cast<int>(dtype)];
