@@ -48,6 +48,7 @@ CASES = [
     Case(3, 300, 600, 70, reverse=BOTH),
     Case(9, 50, 200, 150, P=130, lengths=(9,) * 30 + (4,) * 20, reverse=BOTH),
     Case(90, 24, 40, 100, lengths=(90,) * 3 + tuple(range(63, 0, -3)), reverse=BOTH),
+    Case(200, 24, 9, 64, lengths=tuple(range(200, 8, -8))),
     Case(6, 5, 9, 11, reverse=(True,)),
     Case(6, 5, 9, 21, reverse=BOTH),
     Case(6, 13, 9, 16, reverse=BOTH, hx=False),
@@ -110,6 +111,21 @@ def test_values_and_gradients(cell: str, case: Case, dtype: torch.dtype, name: s
     with isa(name), poisoned():
         ours = run(cell, case, inputs, "cpu")
     expected.check(ours)
+
+
+@pytest.mark.parametrize("name", _C.isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("cell", "case"), PAIRS)
+def test_inference_gives_the_same_bits(
+    cell: str, case: Case, dtype: torch.dtype, name: str
+) -> None:
+    """Where nothing is saved, all that is computed goes through other memory."""
+    leaves, layer = as_function(cell, case, make_inputs(cell, case, dtype))
+    with isa(name), poisoned(), using("cpu"):
+        expected = layer(*leaves)
+        with torch.inference_mode():
+            found = layer(*leaves)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("later", _C.isas())

@@ -35,7 +35,7 @@ struct ForwardLayout {
     T* h[2];     // [B, Ok] before and after a step, in turn
     T* whole_h;  // [B, Hk] what is projected
     A* c;        // [blocks, B, kUnitPad] initial cell states, and the current ones where they are not saved
-    A* gates_x;  // [steps of a chunk][blocks, active, gates, kUnitPad] where the gates are not saved
+    A* gates_x;  // [row parts][steps of a chunk][blocks, rows, gates, kUnitPad] where the gates are not saved
   };
   // Where one batch row's vectors lie in one step.
   struct Row {
@@ -60,7 +60,7 @@ struct ForwardLayout {
         pack_(plan.pack) {
     const Sequence& seq = args.seq;
     const int64_t step_rows = ceil_div(seq.B, plan.row_parts);  // of one thread
-    const int64_t chunk_rows = (plan.chunk < seq.T ? plan.chunk : seq.T) * step_rows;
+    chunk_rows = (plan.chunk < seq.T ? plan.chunk : seq.T) * step_rows;
     for (int g = 0; g < args.G; ++g) {
       const Group& given = args.groups[g];
       GroupBuffers& buffers = group[g];
@@ -76,7 +76,7 @@ struct ForwardLayout {
       buffers.c = Cell::states > 1 ? arena_.template take<A>(seq.B * Hp) : nullptr;
       buffers.gates_x = args.gates ? nullptr : arena_.template take<A>(chunk_rows * plan.row_parts * Cell::gates * Hp);
     }
-    const int64_t part = split_size(args, plan, chunk_rows, step_rows);
+    const int64_t part = split_size(args, plan, step_rows);
     for (int i = 0; i < plan.threads; ++i) {
       T* const x = arena_.template take<T>((chunk_rows + kRowPad<T>)*Ik);
       bf16* const parts = arena_.template take<bf16>(kParts * part);
@@ -88,6 +88,7 @@ struct ForwardLayout {
   int64_t bytes() const { return arena_.used(); }
 
   int64_t Hp, Hk, Op, Ok, Ik;
+  int64_t chunk_rows = 0;  // most of a chunk that one thread has
   GroupBuffers group[kMaxGroups];
   ThreadBuffers thread{};
 
@@ -98,7 +99,7 @@ struct ForwardLayout {
   }
 
   // Values in a part of the rows of any product: whole tiles of them.
-  int64_t split_size(const ForwardArgs& args, const Plan& plan, int64_t chunk_rows, int64_t step_rows) const {
+  int64_t split_size(const ForwardArgs& args, const Plan& plan, int64_t step_rows) const {
     const int64_t input = plan.split_input ? round_up(chunk_rows, 16) * round_up(args.I, kSplitPad) : 0;
     const int64_t deeper = args.H > args.out() ? args.H : args.out();
     const int64_t state = plan.split_state ? round_up(step_rows, 16) * round_up(deeper, kSplitPad) : 0;
@@ -152,8 +153,8 @@ class ForwardScan {
     for (int64_t s0 = 0, s1; s0 < seq_.T; s0 = s1) {
       s1 = end_of_chunk(s0);
       input_gates(s0, s1);
-      for (int64_t s = s0; s < s1; ++s) {
-        step(s, s0);
+      for (int64_t s = s0, row = 0; s < s1; ++s) {
+        row += step(s, gates_rows_ + row);
         if (args_.P) project(s);
         finish_rows(group_.step_to_time(s, seq_.T));
         if (s + 1 < seq_.T) share_.sync();
@@ -209,17 +210,12 @@ class ForwardScan {
     }
   }
 
-  Strided<A> gates_row(int64_t t, int64_t s0, int64_t b) const {
+  // Where the gates of my j-th of `count` rows of a step go, whose first is the chunk's `first`-th.
+  Strided<A> gates_row(int64_t t, int64_t first, int64_t count, int64_t j) const {
     const int64_t width = gates_values_ * layout_.Hp;
-    A* const step = gates_ ? gates_ + seq_.offset(t) * width : buffers_.gates_x + rows_since(s0, t) * width;
-    return strided_row(step, seq_.active(t), b, gates_values_);
-  }
-
-  // How many rows the steps from s0 on have that come before time t.
-  int64_t rows_since(int64_t s0, int64_t t) const {
-    const int64_t first = group_.step_to_time(s0, seq_.T);
-    if (group_.reverse) return seq_.offset(first) + seq_.active(first) - seq_.offset(t) - seq_.active(t);
-    return seq_.offset(t) - seq_.offset(first);
+    if (gates_) return strided_row(gates_ + seq_.offset(t) * width, seq_.active(t), share_.row(j), gates_values_);
+    A* const mine = buffers_.gates_x + share_.row_part * layout_.chunk_rows * width;
+    return strided_row(mine + first * width, count, j, gates_values_);
   }
 
   // As many steps as have no more rows than the chunk of full ones: the thin ones of a packed batch are gathered.
@@ -239,10 +235,11 @@ class ForwardScan {
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t t = group_.step_to_time(s, seq_.T);
       const int64_t count = share_.count(seq_.active(t));
-      for (int64_t j = 0; j < count; ++j, ++rows) {
-        copy_x(rows, args_.template x_row<T>(g_, t, share_.row(j)));
-        gates_rows_[rows] = gates_row(t, s0, share_.row(j));
+      for (int64_t j = 0; j < count; ++j) {
+        copy_x(rows + j, args_.template x_row<T>(g_, t, share_.row(j)));
+        gates_rows_[rows + j] = gates_row(t, rows, count, j);
       }
+      rows += count;
     }
     for_each_block(buffers_.ih, Sweep(panels_, 0), x_rows_, layout_.Ik, rows,
                    [&](int64_t j, int n, int64_t p) { store_input_gates(gates_rows_ + j, n, p); });
@@ -266,19 +263,21 @@ class ForwardScan {
     }
   }
 
-  void step(int64_t s, int64_t s0) {
+  // How many rows of it are mine, whose gates lie where `gates` says.
+  int64_t step(int64_t s, const Strided<A>* gates) {
     const int64_t t = group_.step_to_time(s, seq_.T);
     const int64_t rows = share_.count(seq_.active(t));
-    for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(share_.row(j), s, t, s0);
+    for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(share_.row(j), s, t, gates[j]);
     for_each_block(buffers_.hh, Sweep(panels_, s), buffers_.h[s & 1] + share_.row(0) * layout_.Ok,
                    share_.row_parts * layout_.Ok, rows,
                    [&](int64_t j, int n, int64_t p) { apply_cell(rows_ + j, n, p); });
+    return rows;
   }
 
-  typename Layout::Row find_row(int64_t b, int64_t s, int64_t t, int64_t s0) const {
+  typename Layout::Row find_row(int64_t b, int64_t s, int64_t t, const Strided<A>& gates) const {
     const int64_t n = seq_.offset(t) + b;
     typename Layout::Row row{};
-    row.gates = gates_row(t, s0, b);
+    row.gates = gates;
     if (args_.P) {
       row.h_after = buffers_.whole_h + b * layout_.Hk;
       row.y = whole_h_ ? whole_h_ + n * args_.G * args_.H : nullptr;
