@@ -49,9 +49,21 @@ double product_cost(const Product& product, int64_t rows, int64_t depth, double 
   return vectors * steps * work + product.split * static_cast<double>(rows * depth);
 }
 
+// Rows of some of the steps: in a packed batch they differ.
+constexpr int kSampledSteps = 8;
+struct StepRows {
+  int64_t of[kSampledSteps];
+  int steps;
+
+  explicit StepRows(const Sequence& seq) : steps(seq.batch_sizes && seq.T > 1 ? kSampledSteps : 1) {
+    for (int i = 0; i < steps; ++i) of[i] = seq.active((2 * i + 1) * seq.T / (2 * steps));
+  }
+};
+
 struct Step {
   Product product;
-  int64_t rows, panels, depth;
+  StepRows rows_of;
+  int64_t rows, panels, depth;  // rows on average
   int unit_vectors, nv;
   double vector_bytes;   // of a vector of weights, for the whole depth
   double input_bytes;    // of one of the other weights, which take turns with these in the cache
@@ -61,14 +73,20 @@ struct Step {
   double row_bytes;      // of what the next step reads of each row
 };
 
-double step_cost(const Step& step, int row_parts, int unit_parts) {
-  const int64_t rows = ceil_div(step.rows, row_parts);
+double step_cost(const Step& step, int64_t step_rows, int row_parts, int unit_parts) {
+  const int64_t rows = ceil_div(step_rows, row_parts);
   const double vectors = static_cast<double>(ceil_div(step.panels, unit_parts) * step.nv);
   const double kept = step.vector_bytes + step.input_bytes * std::min(1.0, static_cast<double>(rows) / kTurnRows);
   const double work = product_cost(step.product, rows, step.depth, vectors, kept, step.rows_to_fetch);
   if (unit_parts == 1) return work;
   const double lines = static_cast<double>(rows) * step.row_bytes / kLineBytes * (unit_parts - 1) / unit_parts;
   return work * kCoupling + kBarrier * step.line + lines * step.shared_line * step.product.shared;
+}
+
+double step_cost(const Step& step, int row_parts, int unit_parts) {
+  double sum = 0;
+  for (int i = 0; i < step.rows_of.steps; ++i) sum += step_cost(step, step.rows_of.of[i], row_parts, unit_parts);
+  return sum / step.rows_of.steps;
 }
 
 // A plan, and what a step of it costs.
@@ -120,7 +138,7 @@ Step make_step(const KernelTable& table, Dtype dtype, const Sequence& seq, int64
   const int64_t panels = ceil_div(ceil_div(H, lanes), vectors);
   const double rows_to_fetch = table.rows_to_fetch[static_cast<int>(dtype)];
   const double vector_bytes = lanes * element;
-  Step step{product, ceil_div(seq.N, seq.T), panels, depth, vectors, nv};
+  Step step{product, StepRows(seq), ceil_div(seq.N, seq.T), panels, depth, vectors, nv};
   step.vector_bytes = static_cast<double>(depth) * vector_bytes;
   step.input_bytes = static_cast<double>(input_depth) * vector_bytes;
   step.rows_to_fetch = rows_to_fetch;
@@ -151,9 +169,14 @@ Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, i
     return divide(step, args.G, threads);
   };
   const bool splits = table.splits[static_cast<int>(dtype)] && args.seq.N >= kSplitLeast;
-  const Division by_values = division(4, kByValues), by_parts = division(cell.gates == 3 ? 6 : 4, kByParts);
-  const bool split_state = splits && by_parts.cost < by_values.cost;
-  Plan plan = split_state ? by_parts.plan : by_values.plan;
+  Division best = division(4, kByValues);
+  bool split_state = false;
+  if (splits) {
+    const Division by_parts = division(cell.gates == 3 ? 6 : 4, kByParts);
+    split_state = by_parts.cost < best.cost;
+    if (split_state) best = by_parts;
+  }
+  Plan plan = best.plan;
   const int64_t rows = ceil_div(args.seq.B, plan.row_parts);
   plan.proj_vectors = proj_vectors(table, dtype, threads, args);
   plan.chunk = std::max<int64_t>(1, kChunkRows * plan.unit_parts / rows);
