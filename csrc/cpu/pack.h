@@ -18,6 +18,19 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
+// Bytes that a value takes, or its parts (split.h).
+template <class T>
+constexpr int64_t value_bytes(bool split) {
+  return static_cast<int64_t>(split ? kParts * sizeof(bf16) : sizeof(T));
+}
+
+// One panel from some depth on: of values, or of their parts.
+template <class T>
+struct Panel {
+  const T* values;
+  Split<bf16> parts;
+};
+
 // A weight matrix as outputs x depth, cut into panels. Output (unit, gate) is weight row gate * H + unit, or,
 // transposed for backward, output unit is weight column `unit` and depth runs over the padded gates [gates][Hp].
 template <class T>
@@ -41,9 +54,13 @@ struct Panels {
 
   int width() const { return nv * kLanes<Acc<T>>; }
   int64_t size() const { return depth * width(); }
-  int64_t bytes() const { return size() * static_cast<int64_t>(split ? kParts * sizeof(bf16) : sizeof(T)); }
+  int64_t bytes() const { return size() * value_bytes<T>(split); }
   T* panel(int64_t p) const { return reinterpret_cast<T*>(data + p * bytes()); }
   Split<bf16> parts(int64_t p) const { return {reinterpret_cast<bf16*>(data + p * bytes()), size()}; }
+  Panel<T> from(int64_t p, int64_t k) const {
+    if (split) return {nullptr, parts(p).from(k * width())};
+    return {panel(p) + k * width(), {}};
+  }
   const Acc<T>* panel_bias(int64_t p) const { return bias + p * width(); }
   // What block i of a run over panel p fetches ahead: its part of the panel that comes next, while there is any left.
   const void* ahead(int64_t p, int64_t next, int64_t i) const {
@@ -238,6 +255,20 @@ struct LeftRows {
   int64_t ld;
   Split<bf16> parts;
 };
+
+// C [rows, nv vectors] = init + A [rows, K] . panel: see multiply_rows.
+template <class T>
+void multiply(const LeftRows<T>& a, int64_t rows, const Panel<T>& panel, int64_t K, int nv, const Acc<T>* init,
+              int64_t init_stride, Acc<T>* c, int64_t c_stride, const Panel<T>& next) {
+  if constexpr (kSplits<T>) {
+    if (a.parts.data) {
+      const int64_t depth = round_up(K, kSplitPad);
+      return multiply_split(a.parts, depth, rows, panel.parts, depth, nv, init, init_stride, c, c_stride,
+                            next.parts.data);
+    }
+  }
+  multiply_rows(a.values, a.ld, rows, panel.values, K, nv, init, init_stride, c, c_stride, next.values);
+}
 
 // What a forward GEMM multiplies by: packed panels, or the weights as they are.
 template <class T>

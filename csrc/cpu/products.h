@@ -38,13 +38,12 @@ struct ProductsLayout {
       : depth(round_up(gates * round_up(args.H, kUnitPad), kDepthPad<T>)),
         proj_depth(round_up(round_up(args.P, kUnitPad), kDepthPad<T>)),
         split(kSplits<T> && args.seq.N >= kSplitRows * args.samples.number),
-        x(RowPanels<T>::make(args.I)),
+        x(RowPanels<T>::make(args.I, split)),
         order(arena, args.seq, args.samples, split ? kSplitPad : kDepthPad<T>) {
     const int64_t N = args.seq.N, rows = N + kRowPad<T> * plan.row_parts;
-    const int64_t value = split ? kParts * sizeof(bf16) : sizeof(T);
     thin = N < kThinRows;
     const auto room = [&](const RowPanels<T>& p, bool wanted) {
-      return wanted && !thin ? arena.take<char>(order.most_rows() * p.panels * p.width() * value) : nullptr;
+      return wanted && !thin ? arena.take<char>(p.bytes(order.most_rows())) : nullptr;
     };
     for (int i = 0; i < args.inputs(); ++i) {
       input[i].panels = x;
@@ -56,8 +55,8 @@ struct ProductsLayout {
       buffers.dgates_x = arena.take<T>(rows * depth);
       buffers.dgates_h = shared ? buffers.dgates_x : arena.take<T>(rows * depth);
       buffers.dprojection = arena.take<T>(args.P ? rows * proj_depth : 0);
-      buffers.h = RowPanels<T>::make(args.out());
-      buffers.whole_h = RowPanels<T>::make(args.H);
+      buffers.h = RowPanels<T>::make(args.out(), split);
+      buffers.whole_h = RowPanels<T>::make(args.H, split);
       buffers.w_ih = Panels<T>::make(arena, args.I, x.nv, 1, depth, split, args.dx && !thin);
       buffers.h.data = room(buffers.h, args.wants_dw_hh());
       buffers.h_rows = args.wants_dw_hh() ? arena.take<const T*>(N) : nullptr;
@@ -275,15 +274,7 @@ class Products {
   void pack_rows_of(const RowPanels<T>& out, const T* const* rows, Range mine) {
     for (int64_t i = mine.begin; i < mine.end; ++i) {
       const Span& span = order_.span(i / out.panels);
-      const int64_t p = i % out.panels;
-      if constexpr (kSplits<T>) {
-        if (layout_.split) {
-          const auto row = [&](int64_t n) { return n < span.rows ? rows[order_.row(span.first + n)] : nullptr; };
-          split_panel(out.parts(span, p), span.depth, out.nv, out.columns, p, row);
-          continue;
-        }
-      }
-      pack_span(out, rows, order_, span, p);
+      pack_span(out, rows, order_, span, i % out.panels);
     }
   }
 
@@ -295,27 +286,19 @@ class Products {
   Range readers(int input) const { return own_inputs() ? Range{input, input + 1} : Range{0, args_.G}; }
   T* dx_row(int input, int64_t n) const { return static_cast<T*>(args_.dx) + (n * args_.inputs() + input) * args_.I; }
 
-  void input_gradient(int input, int64_t n0, int64_t rows) {
-    const RowPanels<T>& x = layout_.x;
-    const Range groups = readers(input);
+  // The left side of a product, split where the right one is.
+  LeftRows<T> left_rows(const T* a, int64_t ld, int64_t rows, int64_t K) const {
     if constexpr (kSplits<T>) {
-      if (layout_.split) return split_input_gradient(input, n0, rows);
-    }
-    for (int64_t p = 0; p < x.panels; ++p) {
-      for (int64_t g = groups.begin; g < groups.end; ++g) {
-        const Panels<T>& w = layout_.group[g].w_ih;
-        const T* const next = w.panel(p + 1 < x.panels ? p + 1 : 0);
-        const bool first = g == groups.begin;
-        multiply_deep(layout_.group[g].dgates_x + n0 * layout_.depth, layout_.depth, rows, w.panel(p), layout_.depth,
-                      x.nv, first ? kZeros : layout_.stage, first ? 0 : x.width(), layout_.stage, next);
+      if (layout_.split) {
+        split_rows(layout_.lhs_parts, a, ld, rows, K);
+        return {a, ld, layout_.lhs_parts};
       }
-      for (int64_t r = 0; r < rows; ++r)
-        store_panel(dx_row(input, n0 + r), args_.I, layout_.stage + r * x.width(), p, x.nv);
     }
+    return {a, ld, {}};
   }
 
-  // A part of the depth at a time, so that each row is split but once.
-  void split_input_gradient(int input, int64_t n0, int64_t rows) {
+  // A part of the depth at a time, so that it stays near, and is split but once, while panels pass.
+  void input_gradient(int input, int64_t n0, int64_t rows) {
     const RowPanels<T>& x = layout_.x;
     const Range groups = readers(input);
     const int64_t width = x.width();
@@ -323,14 +306,13 @@ class Products {
     for (int64_t g = groups.begin; g < groups.end; ++g) {
       const Panels<T>& w = layout_.group[g].w_ih;
       for (int64_t k = 0; k < layout_.depth; k += kSpan, first = false) {
-        const int64_t left = layout_.depth - k, depth = left < kSpan ? left : kSpan, ld = round_up(depth, kSplitPad);
+        const int64_t left = layout_.depth - k, depth = left < kSpan ? left : kSpan;
         const T* const dgates = layout_.group[g].dgates_x + n0 * layout_.depth + k;
-        split_rows(layout_.lhs_parts, dgates, layout_.depth, rows, depth);
+        const LeftRows<T> lhs = left_rows(dgates, layout_.depth, rows, depth);
         for (int64_t p = 0; p < x.panels; ++p) {
           A* const c = layout_.stage + p * kTaskRows * width;
-          const Split<bf16> next = w.parts(p + 1 < x.panels ? p + 1 : 0).from(k * width);
-          multiply_split(layout_.lhs_parts, ld, rows, w.parts(p).from(k * width), ld, x.nv, first ? kZeros : c,
-                         first ? 0 : width, c, width, next.data);
+          multiply(lhs, rows, w.from(p, k), depth, x.nv, first ? kZeros : c, first ? 0 : width, c, width,
+                   w.from(p + 1 < x.panels ? p + 1 : 0, k));
         }
       }
     }
@@ -444,11 +426,9 @@ class Products {
       const Span& span = order_.span(i);
       const bool first = i == spans.begin, last = i + 1 == spans.end;
       pack_transposed(layout_.lhs, layout_.sums, left.data + m0, left.ld, order_, span, rows);
-      if constexpr (kSplits<T>) {
-        if (layout_.split) split_rows(layout_.lhs_parts, layout_.lhs, span.depth, rows, span.depth);
-      }
-      if (a.dw) add_span(a, span, first, rows, a_stage, last ? direct_rows(left, sample, m0, a) : nullptr);
-      if (b.dw) add_span(b, span, first, rows, b_stage, last ? direct_rows(left, sample, m0, b) : nullptr);
+      const LeftRows<T> lhs = left_rows(layout_.lhs, span.depth, rows, span.depth);
+      if (a.dw) add_span(lhs, a, span, first, rows, a_stage, last ? direct_rows(left, sample, m0, a) : nullptr);
+      if (b.dw) add_span(lhs, b, span, first, rows, b_stage, last ? direct_rows(left, sample, m0, b) : nullptr);
     }
     store_gradient(left, sample, m0, rows, a, a_stage);
     store_gradient(left, sample, m0, rows, b, b_stage);
@@ -464,25 +444,16 @@ class Products {
   static bool is_whole(const RowPanels<T>& right, int64_t p) { return (p + 1) * right.width() <= right.columns; }
 
   // Panels that are whole go to `direct`, where it is given.
-  void add_span(const Target& out, const Span& span, bool first, int64_t rows, A* stage, A* direct) const {
+  void add_span(const LeftRows<T>& lhs, const Target& out, const Span& span, bool first, int64_t rows, A* stage,
+                A* direct) const {
     const RowPanels<T>& right = *out.right;
-    const int64_t K = span.depth, width = right.width();
+    const int64_t width = right.width();
     for (int64_t p = 0; p < right.panels; ++p) {
       A* const c = stage + p * kTaskRows * width;
       const bool there = direct && is_whole(right, p);
-      const A* const init = first ? kZeros : c;
-      A* const to = there ? direct + p * width : c;
-      const int64_t init_stride = first ? 0 : width, stride = there ? right.columns : width;
-      const int64_t next = p + 1 < right.panels ? p + 1 : 0;
-      if constexpr (kSplits<T>) {
-        if (layout_.split) {
-          multiply_split(layout_.lhs_parts, K, rows, right.parts(span, p), K, right.nv, init, init_stride, to, stride,
-                         right.parts(span, next).data);
-          continue;
-        }
-      }
-      multiply_rows(layout_.lhs, K, rows, right.panel(span, p), K, right.nv, init, init_stride, to, stride,
-                    right.panel(span, next));
+      multiply(lhs, rows, right.at(span, p), span.depth, right.nv, first ? kZeros : c, first ? 0 : width,
+               there ? direct + p * width : c, there ? right.columns : width,
+               right.at(span, p + 1 < right.panels ? p + 1 : 0));
     }
   }
 

@@ -2,9 +2,7 @@
 // rows, or of each sample's apart.
 #pragma once
 
-#include "arena.h"
 #include "pack.h"
-#include "split.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -83,26 +81,34 @@ class RowOrder {
 };
 
 // Rows as the right-hand side of a product: spans of them, each cut into panels [depth][nv][lanes], of values or of
-// values split into parts.
+// their parts.
 template <class T>
 struct RowPanels {
   char* data;
   int64_t columns, panels;
   int nv;
+  bool split;
 
-  static RowPanels make(int64_t columns) {
+  static RowPanels make(int64_t columns, bool split) {
     const int64_t vectors = ceil_div(columns, kLanes<Acc<T>>);
     const int nv = static_cast<int>(vectors < kMaxVectors ? vectors : kMaxVectors);
-    return {nullptr, columns, ceil_div(vectors, nv), nv};
+    return {nullptr, columns, ceil_div(vectors, nv), nv, split};
   }
   int64_t width() const { return nv * kLanes<Acc<T>>; }
-  T* panel(const Span& span, int64_t p) const { return reinterpret_cast<T*>(data) + before(span, p); }
+  int64_t bytes(int64_t rows) const { return rows * panels * width() * value_bytes<T>(split); }
+  T* panel(const Span& span, int64_t p) const { return reinterpret_cast<T*>(start(span, p)); }
   Split<bf16> parts(const Span& span, int64_t p) const {
-    return {reinterpret_cast<bf16*>(data) + before(span, p) * kParts, span.depth * width()};
+    return {reinterpret_cast<bf16*>(start(span, p)), span.depth * width()};
+  }
+  Panel<T> at(const Span& span, int64_t p) const {
+    if (split) return {nullptr, parts(span, p)};
+    return {panel(span, p), {}};
   }
 
  private:
-  int64_t before(const Span& span, int64_t p) const { return (span.at * panels + p * span.depth) * width(); }
+  char* start(const Span& span, int64_t p) const {
+    return data + (span.at * panels + p * span.depth) * width() * value_bytes<T>(split);
+  }
 };
 
 // One step of depth, of `lanes` columns: a row, or for bf16 two rows zipped. Rows that do not exist are zero.
@@ -122,6 +128,10 @@ FASTRNN_INLINE Vec<Lane<T>> depth_row(const T* first, const T* second) {
 template <class T>
 void pack_span(const RowPanels<T>& out, const T* const* rows, const RowOrder& order, const Span& span, int64_t p) {
   constexpr int lanes = kLanes<Acc<T>>;
+  if constexpr (kSplits<T>) {
+    const auto row = [&](int64_t n) { return n < span.rows ? rows[order.row(span.first + n)] : nullptr; };
+    if (out.split) return split_panel(out.parts(span, p), span.depth, out.nv, out.columns, p, row);
+  }
   T* to = out.panel(span, p);
   for (int64_t n = 0; n < span.depth; n += kPair<T>) {
     const T* const first = n < span.rows ? rows[order.row(span.first + n)] : nullptr;
