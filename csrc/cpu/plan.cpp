@@ -12,7 +12,9 @@ namespace {
 constexpr int64_t kChunkRows = 64;
 // Fewer rows than this over all timesteps do not pay for packing the weights.
 constexpr int64_t kPackRows = 4;
-// The costs were fitted to the times of 90 sizes, forward and backward, on two cores of an Emerald Rapids.
+// The costs were fitted to the times of some hundred sizes, forward and backward, on two cores of an Emerald Rapids.
+// They are in multiply-adds of vectors.
+
 // The part of a fetch that arithmetic does not hide.
 constexpr double kUnhidden = 0.6;
 // What threads that share the units of a row pay besides the lines that come from other cores: a barrier between steps,
@@ -22,19 +24,19 @@ constexpr double kLineBytes = 64;
 // From so many rows of a step on, chunks are so short that the input's weights push the others out of the cache.
 constexpr double kTurnRows = 16;
 
-// A product's costs, in vector multiply-adds as all of them.
+// What one way to compute a product costs.
 struct Product {
-  double row;  // a row by a vector of a panel, for each step of depth
-  int64_t row_pad, depth_pad;
-  int64_t overhead;   // what else a row takes, in steps of depth
-  double split;       // and in vectors
-  double bytes;       // of a weight, against its own
-  double near_bytes;  // what a core's own L2 surely holds
-  double near, far;   // fetching a panel from L2 and from beyond it, against fetching its values from L2
-  double shared;      // fetching what other cores wrote, against one line after the other
+  double row;                  // a row by a vector of a panel, for each step of depth
+  int64_t row_pad, depth_pad;  // what rows and depth are rounded up to
+  int64_t overhead;            // steps of depth that a row by a vector takes besides
+  double split;                // taking a row apart, for each step of depth
+  double bytes;                // of a weight, packed, against its own
+  double near_bytes;           // what a core's own L2 surely holds
+  double near, far;            // fetching a panel from L2 and from beyond it, against fetching its values from L2
+  double shared;               // fetching lines that other cores wrote, against one after the other
 };
 constexpr Product kByValues = {1, 1, 1, 0, 0, 1, 1e6, 1, 5, 1};
-// See split.h. This many rows of a matrix pay for splitting it.
+// See split.h. From kSplitLeast rows on over all timesteps, taking the weights apart can pay.
 constexpr Product kByParts = {0.6, 16, 32, 40, 1.5, 1.5, 1.5e6, 1.2, 7.5, 0.3};
 constexpr int64_t kSplitLeast = 192;
 
@@ -120,7 +122,7 @@ Division divide(const Step& step, int G, int threads) {
 
 // Wide panels keep more accumulators busy; narrower ones waste fewer lanes and can be shared out.
 int panel_vectors(int most, int64_t vectors, int threads, int64_t B) {
-  int best = std::max(1, most);
+  int best = most;
   while (best > 1) {
     const int half = best / 2;
     const bool wasteful = round_up(vectors, half) < round_up(vectors, best);
@@ -162,17 +164,19 @@ int proj_vectors(const KernelTable& table, Dtype dtype, int threads, const Layer
 
 Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, int threads, const ForwardArgs& args) {
   const int64_t vectors = ceil_div(args.H, table.lanes[static_cast<int>(dtype)]);
+  const int most = std::max(1, 4 / cell.gates);
   const auto division = [&](int most_vectors, const Product& product) {
-    const int unit_vectors = panel_vectors(most_vectors / cell.gates, vectors, threads, args.seq.B);
+    const int unit_vectors = panel_vectors(most_vectors, vectors, threads, args.seq.B);
     const Step step =
         make_step(table, dtype, args.seq, args.H, args.out(), args.I, unit_vectors, unit_vectors * cell.gates, product);
     return divide(step, args.G, threads);
   };
   const bool splits = table.splits[static_cast<int>(dtype)] && args.seq.N >= kSplitLeast;
-  Division best = division(4, kByValues);
+  Division best = division(most, kByValues);
   bool split_state = false;
   if (splits) {
-    const Division by_parts = division(cell.gates == 3 ? 6 : 4, kByParts);
+    // Tiles are multiplied in pairs.
+    const Division by_parts = division(most * cell.gates % 2 ? 2 * most : most, kByParts);
     split_state = by_parts.cost < best.cost;
     if (split_state) best = by_parts;
   }

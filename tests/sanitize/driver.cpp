@@ -53,6 +53,7 @@ const std::vector<Shape>& shapes() {
       {2, 1, 130, 40, {false, true}, {}, true, false, Layout::padded_rows},
       {270, 1, 3, 5, {true}},
       {2, 100, 4, 24, {false}},
+      {2, 127, 100, 95, {true}, {}, true, true, Layout::dense, false, 94},
       {3,
        70,
        2,
