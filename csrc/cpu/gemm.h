@@ -11,8 +11,6 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-// Vectors in a panel that registers accumulate, and in one at all.
-inline constexpr int kMaxVectors = 4;
 inline constexpr int kLineBytes = 64;
 
 #if defined(__AMX_BF16__)
@@ -20,6 +18,7 @@ inline constexpr bool kTiles = true;
 #else
 inline constexpr bool kTiles = false;
 #endif
+// Vectors in a panel of parts.
 inline constexpr int kMostVectors = kTiles ? 6 : kMaxVectors;
 
 template <class T>

@@ -157,14 +157,14 @@ bool pays_to_split(int64_t rows, int64_t depth, int64_t vectors) {
 }
 
 int proj_vectors(const KernelTable& table, Dtype dtype, int threads, const LayerArgs& args) {
-  return panel_vectors(4, ceil_div(args.out(), table.lanes[static_cast<int>(dtype)]), threads, args.seq.B);
+  return panel_vectors(kMaxVectors, ceil_div(args.out(), table.lanes[static_cast<int>(dtype)]), threads, args.seq.B);
 }
 
 }  // namespace
 
 Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, int threads, const ForwardArgs& args) {
   const int64_t vectors = ceil_div(args.H, table.lanes[static_cast<int>(dtype)]);
-  const int most = std::max(1, 4 / cell.gates);
+  const int most = std::max(1, kMaxVectors / cell.gates);
   const auto division = [&](int most_vectors, const Product& product) {
     const int unit_vectors = panel_vectors(most_vectors, vectors, threads, args.seq.B);
     const Step step =
@@ -186,13 +186,16 @@ Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, i
   plan.chunk = std::max<int64_t>(1, kChunkRows * plan.unit_parts / rows);
   plan.pack = args.seq.N >= kPackRows;
   plan.split_state = split_state;
-  plan.split_input = splits && pays_to_split(rows * std::min(plan.chunk, args.seq.T), args.I, cell.gates * vectors);
+  // Products of values have no panels so wide.
+  const bool wide = plan.panel_vectors * cell.gates > kMaxVectors;
+  const int64_t chunk_rows = rows * std::min(plan.chunk, args.seq.T);
+  plan.split_input = splits && (wide || pays_to_split(chunk_rows, args.I, cell.gates * vectors));
   return plan;
 }
 
 Plan plan_backward(const KernelTable& table, const CellInfo& cell, Dtype dtype, int threads, const BackwardArgs& args) {
   const int64_t vectors = ceil_div(args.H, table.lanes[static_cast<int>(dtype)]);
-  const int unit_vectors = panel_vectors(4, vectors, threads, args.seq.B);
+  const int unit_vectors = panel_vectors(kMaxVectors, vectors, threads, args.seq.B);
   const Step step =
       make_step(table, dtype, args.seq, args.H, cell.gates * args.H, 0, unit_vectors, unit_vectors, kByValues);
   Plan plan = divide(step, args.G, threads).plan;

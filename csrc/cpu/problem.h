@@ -11,6 +11,9 @@ inline constexpr int kDtypes = 3;
 
 constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
+// Vectors in a panel of weights whose products registers accumulate.
+inline constexpr int kMaxVectors = 4;
+
 // Hidden units of every internal buffer are padded to this, a multiple of each instruction set's vector width.
 inline constexpr int64_t kUnitPad = 16;
 
