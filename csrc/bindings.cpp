@@ -177,6 +177,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("fma_peak", &fma_peak, "Measured float32 multiply-add rate of that many threads together, GF/s.");
   m.def("reads_by_table", &reads_by_table, "Whether tensors are read through DLPack's table of functions.");
   m.def("read_by_table", &read_by_table, "Read them so from now on, or by their methods.");
+  m.def("signature", &signature, "dtypes, devices and shapes of plain tensors as bytes; None if some are not plain.");
   m.def("forward", &forward, "0 when done, else the bytes of workspace that it takes.");
   m.def("backward", &backward, "0 when done, else the bytes of workspace that it takes.");
   py::class_<Prepared>(m, "Prepared", "A forward pass over tensors that it keeps alive.")

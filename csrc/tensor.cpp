@@ -1,5 +1,6 @@
 #include "tensor.h"
 
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -12,11 +13,11 @@ namespace {
 
 const dlpack::Table* published = nullptr;
 const dlpack::Table* in_use = nullptr;
+py::handle tensor_class, parameter_class, is_neg;  // kept for ever, as torch keeps them
 
 const dlpack::Table* published_table() {
-  const py::object tensor = py::module_::import("torch").attr("Tensor");
-  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return nullptr;
-  const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+  if (!py::hasattr(tensor_class, "__dlpack_c_exchange_api__")) return nullptr;
+  const py::object capsule = tensor_class.attr("__dlpack_c_exchange_api__");
   const auto* table = static_cast<const dlpack::Table*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
   if (!table) throw py::error_already_set();
   while (table && table->major > dlpack::kMajor) table = table->previous;
@@ -39,6 +40,45 @@ int dtype_of(py::handle type) {
 
 void check_dims(int64_t dims) {
   if (dims > Tensor::kMaxDims) throw std::invalid_argument("a tensor has " + std::to_string(dims) + " dimensions");
+}
+
+bool is_negated(py::handle tensor) {
+  PyObject* answer = PyObject_CallMethodNoArgs(tensor.ptr(), is_neg.ptr());
+  if (!answer) throw py::error_already_set();
+  Py_DECREF(answer);  // True and False live on
+  return answer == Py_True;
+}
+
+bool is_plain(py::handle object) {
+  const PyTypeObject* type = Py_TYPE(object.ptr());
+  return (type == reinterpret_cast<PyTypeObject*>(tensor_class.ptr()) ||
+          type == reinterpret_cast<PyTypeObject*>(parameter_class.ptr())) &&
+         !is_negated(object);
+}
+
+template <class T>
+void append(std::string& bytes, const T* values, size_t number) {
+  bytes.append(reinterpret_cast<const char*>(values), number * sizeof(T));
+}
+
+// False, and no error set, where a tensor of this class has no memory, as a transform's wrapper.
+bool append_signature(std::string& bytes, py::handle object) {
+  if (object.is_none()) {
+    bytes.push_back('-');
+    return true;
+  }
+  dlpack::DeviceTensor read;
+  if (!is_plain(object)) return false;
+  if (in_use->read(object.ptr(), &read)) {
+    PyErr_Clear();
+    return false;
+  }
+  const int32_t head[] = {read.dtype.code,  read.dtype.bits, read.dtype.lanes,
+                          read.device_type, read.device_id,  read.ndim};
+  bytes.push_back('+');
+  append(bytes, head, std::size(head));
+  append(bytes, read.shape, static_cast<size_t>(read.ndim));
+  return true;
 }
 
 }  // namespace
@@ -114,7 +154,21 @@ Tensor Tensor::contiguous() const {
   return Tensor(object_.attr("contiguous")());
 }
 
-void find_table() { in_use = published = published_table(); }
+py::object signature(const py::tuple& tensors) {
+  if (!in_use) return py::none();
+  std::string bytes;
+  for (const py::handle object : tensors) {
+    if (!append_signature(bytes, object)) return py::none();
+  }
+  return py::bytes(bytes);
+}
+
+void find_table() {
+  tensor_class = py::object(py::module_::import("torch").attr("Tensor")).release();
+  parameter_class = py::object(py::module_::import("torch.nn").attr("Parameter")).release();
+  is_neg = py::str("is_neg").release();
+  in_use = published = published_table();
+}
 
 bool reads_by_table() { return in_use != nullptr; }
 

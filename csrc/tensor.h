@@ -51,6 +51,11 @@ class Tensor {
   std::array<int64_t, kMaxDims> sizes_{}, strides_{};
 };
 
+// The dtypes, devices and shapes of tensors (None for none among them) as bytes: equal where all of these are, and None
+// unless all are dense and of torch's own two classes, with values that can be read where they lie. None too without
+// the table.
+pybind11::object signature(const pybind11::tuple& tensors);
+
 // Looks for the table, once and before all else: importing torch may let other threads run.
 void find_table();
 // Whether tensors are read through the table. Setting it is for tests; true where torch has none throws

@@ -21,8 +21,7 @@ from .backends import (
     choose,
     refusal,
 )
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+from .plain import all_plain
 
 
 class Scan(torch.autograd.Function):
@@ -37,6 +36,7 @@ class Scan(torch.autograd.Function):
         ctx: Any,
         backend: str,
         problem: Problem,
+        plain: bool,
         x: Tensor,
         batch_sizes: Tensor | None,
         lengths: Tensor | None,
@@ -48,7 +48,7 @@ class Scan(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         inputs = Inputs(x, batch_sizes, lengths, reset, (h0, c0, h_reset, c_reset), weights)
-        y, h_n, c_n, c, saved = run_forward(backend, problem, inputs, True)
+        y, h_n, c_n, c, saved = run_forward(backend, problem, inputs, True, plain)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.problem, ctx.weights = backend, problem, len(weights)
         ctx.save_for_backward(
@@ -66,7 +66,7 @@ class Scan(torch.autograd.Function):
         tensors, end = ctx.saved_tensors, 8 + ctx.weights
         x, batch_sizes, lengths, reset = tensors[:4]
         inputs = Inputs(x, batch_sizes, lengths, reset, tensors[4:8], tensors[8:end])
-        _, _, need_x, _, _, _, *need_rest = ctx.needs_input_grad
+        _, _, _, need_x, _, _, _, *need_rest = ctx.needs_input_grad
         needs = [need_x, *need_rest]
         y, *saved = tensors[end:]
         if torch.compiler.is_compiling():
@@ -79,9 +79,16 @@ class Scan(torch.autograd.Function):
         return _placed(found, needs)
 
 
-def run_forward(backend: str, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
-    """A backend's forward pass, through the operator if anyone watches."""
-    if _unwatched(inputs, ()):
+# Scan.apply without what torch does first for transforms, of which plain tensors know nothing.
+_apply_plain = super(torch.autograd.Function, Scan).apply
+
+
+def run_forward(
+    backend: str, problem: Problem, inputs: Inputs, save: bool, plain: bool = False
+) -> Outputs:
+    """A backend's forward pass, through the operator if anyone watches; `plain` where the inputs
+    are known to be."""
+    if _unwatched() and (plain or all_plain(_tensors(inputs))):
         return by_name(backend).forward(problem, inputs, save)
     tensors = torch.ops.fastrnn.forward.default(
         problem.cell.name, backend, *inputs, problem.reverse, problem.B, save, problem.all_states
@@ -100,9 +107,12 @@ def run_backward(
     samples: int = 1,
 ) -> list[Tensor]:
     """A backend's backward pass, through the operator if anyone watches."""
-    if _unwatched(inputs, (*grads, y)):
+    if _unwatched() and all_plain((*_tensors(inputs), *grads, y)):
+        kernels = by_name(backend)
+        if not torch._C._is_any_autocast_enabled():
+            return kernels.backward(problem, inputs, y, saved, grads, needs, samples)
         with torch._C._DisableAutocast():
-            return by_name(backend).backward(problem, inputs, y, saved, grads, needs, samples)
+            return kernels.backward(problem, inputs, y, saved, grads, needs, samples)
     found: list[Tensor] = torch.ops.fastrnn.backward.default(
         problem.cell.name, backend, *inputs, problem.reverse, problem.B, y, saved, grads, needs,
         samples,
@@ -114,7 +124,7 @@ def _placed(grads: Iterable[Tensor], needs: Sequence[bool]) -> tuple[Tensor | No
     """The needed gradients where Scan.forward has its arguments."""
     each = iter(grads)
     dx, *others = (next(each) if needed else None for needed in needs)
-    return None, None, dx, None, None, None, *others
+    return None, None, None, dx, None, None, None, *others
 
 
 def _is_batched(grad: Tensor | None) -> bool:
@@ -137,21 +147,15 @@ def _plain_backward(
 
 
 def scan(
-    cell: str,
-    inputs: Inputs,
-    reverse: Sequence[bool],
-    batch: int,
-    all_states: bool,
-    recompute: int = 0,
+    problem: Problem, inputs: Inputs, recompute: int = 0, *, plain: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer on the backend chosen for it: y, h_n, c_n and c.
 
-    The arguments are those of :class:`fastrnn.backends.Backend`, already checked.
+    The inputs are those of :class:`fastrnn.backends.Backend`, already checked; `plain` where they
+    are known to be plain tensors.
     """
-    grad = _wants_gradients(inputs)
-    problem = ops.describe(cell, inputs, reverse, batch, all_states, grad)
     backend = choose(problem)
-    if recompute and grad and recompute < problem.T:
+    if recompute and problem.grad and recompute < problem.T:
         backend = _recomputing(backend, recompute, problem)
     if backend.differentiable:
         return backend.forward(problem, inputs, False)[:4]
@@ -159,29 +163,30 @@ def scan(
         from . import levels  # which needs this module
 
         return levels.scan(backend.name, problem, inputs)
-    return _run(backend.name, problem, inputs)
+    return _run(backend.name, problem, inputs, plain)
 
 
 def run(
     backend: str, problem: Problem, inputs: Inputs
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run what :func:`scan` has chosen, of inputs that no transform wraps any more."""
-    return _run(backend, problem._replace(grad=_wants_gradients(inputs)), inputs)
+    return _run(backend, problem._replace(grad=wants_gradients(inputs)), inputs, False)
 
 
 def _run(
-    backend: str, problem: Problem, inputs: Inputs
+    backend: str, problem: Problem, inputs: Inputs, plain: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if not problem.grad:
-        return run_forward(backend, problem, inputs, False)[:4]
+        return run_forward(backend, problem, inputs, False, plain)[:4]
     x, batch_sizes, lengths, reset, states, weights = inputs
-    outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = Scan.apply(  # type: ignore[no-untyped-call]
-        backend, problem, x, batch_sizes, lengths, reset, *states, *weights
+    apply = _apply_plain if plain else Scan.apply
+    outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = apply(  # type: ignore[no-untyped-call]
+        backend, problem, plain, x, batch_sizes, lengths, reset, *states, *weights
     )
     return outputs
 
 
-def _wants_gradients(inputs: Inputs) -> bool:
+def wants_gradients(inputs: Inputs) -> bool:
     if not torch.is_grad_enabled():
         return False
     for t in (inputs.x, *inputs.weights, *inputs.states):
@@ -198,20 +203,18 @@ def _recomputing(backend: Backend, every: int, problem: Problem) -> Backend:
     return backend if refusal(recompute, problem) else recompute
 
 
-def _unwatched(inputs: Inputs, others: Iterable[Tensor | None]) -> bool:
-    """Whether a kernel may read the memory of all these tensors as it is, and nobody watches the
-    dispatcher."""
-    if (
+def _unwatched() -> bool:
+    """Whether nobody watches the dispatcher: a kernel may read memory then."""
+    return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-    ):
-        return False
+    )
+
+
+def _tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
     x, batch_sizes, lengths, reset, states, weights = inputs
-    for t in (x, *weights, *states, batch_sizes, lengths, reset, *others):
-        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
-            return False
-    return True
+    return x, *weights, *states, batch_sizes, lengths, reset
 
 
 def _operator(
@@ -235,7 +238,8 @@ def _operator(
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     inputs = Inputs(x, batch_sizes, lengths, reset, states, weights)
     if not grad:
-        if _unwatched(inputs, ()):  # as compiled code calls it: the dispatcher need not come again
+        if _unwatched() and all_plain(tensors):
+            # As compiled code calls it: the dispatcher need not come again.
             return ops.forward(cell, backend, *inputs, reverse, batch, save, all_states)
         with torch._C._AutoDispatchBelowAutograd():
             found: list[Tensor] = torch.ops.fastrnn.forward.default(
@@ -243,7 +247,7 @@ def _operator(
             )
         return found
     problem = ops.describe(cell, inputs, reverse, batch, all_states, grad)
-    y, h_n, c_n, c = Scan.apply(backend, problem, *tensors)  # type: ignore[no-untyped-call]
+    y, h_n, c_n, c = Scan.apply(backend, problem, False, *tensors)  # type: ignore[no-untyped-call]
     shapes = by_name(backend).saved_shapes(problem, 0) if save else []
     return ops.flat(Outputs(y, h_n, c_n, c, [x.new_empty(0) for _ in shapes]))
 

@@ -17,9 +17,9 @@ States = tuple[Tensor, ...]
 Step = Callable[[Tensor, Tensor, States], States]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
-    """The elementwise part of a recurrent layer.
+    """The elementwise part of a recurrent layer; equal to itself alone.
 
     Attributes:
         name: the key in :data:`CELLS`, the same that the compiled kernels use.

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
-from .autograd import scan
-from .backends import Inputs, Weights, check_batch_sizes, check_lengths
+from .autograd import scan, wants_gradients
+from .backends import Inputs, Problem, Weights, check_batch_sizes, check_lengths
 from .cells import CELLS, Cell, States
+from .ops import describe
+from .plain import signature
+
+# Of calls that have passed the checks, the problems that they pose, without gradients and with.
+# What has the same dtypes, devices and shapes passes too: checking takes longer than a small layer.
+_checked: dict[tuple[object, ...], tuple[Problem, Problem]] = {}
+_MOST_CHECKED = 4096
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
@@ -148,19 +155,44 @@ def layer(
                 reset=reset, reset_states=reset_states, all_states=all_states,
                 recompute=recompute,
             )  # fmt: skip
-    kind = CELLS[cell]
-    batch = _check_input(x, batch_sizes)
-    H, out = _check_weights(kind, x, weights, len(reverse))
-    if lengths is not None or reset is not None:
-        lengths, reset = _check_steps(x, batch_sizes, lengths, reset)
-    lead = (len(reverse), batch)
-    h0, c0 = _check_states(kind, x, states, lead, H, out, "hidden")
-    h_reset, c_reset = _check_states(kind, x, reset_states, lead, H, out, "reset")
-    if reset is None:
-        h_reset = c_reset = None
-    inputs = Inputs(x, batch_sizes, lengths, reset, (h0, c0, h_reset, c_reset), weights)
-    y, h_n, c_n, c = scan(cell, inputs, reverse, batch, all_states, recompute)
+    kind, reverse = CELLS[cell], tuple(reverse)
+    key = None
+    if batch_sizes is None and lengths is None and reset is None and reset_states is None:
+        read = signature((x, *(states or ()), *weights))
+        key = None if read is None else (kind, reverse, all_states, len(weights), read)
+    posed = None if key is None else _checked.get(key)
+    if posed is None:
+        batch = _check_input(x, batch_sizes)
+        lead = len(reverse), batch
+        sizes = _check_weights(kind, x, weights, len(reverse))
+        if lengths is not None or reset is not None:
+            lengths, reset = _check_steps(x, batch_sizes, lengths, reset)
+        _check_states(kind, x, states, lead, sizes, "hidden")
+        _check_states(kind, x, reset_states, lead, sizes, "reset")
+    resets = None if reset is None else reset_states
+    each = (*_pair(states), *_pair(resets))
+    inputs = Inputs(x, batch_sizes, lengths, reset, each, weights)
+    if posed is None:
+        problem = describe(cell, inputs, reverse, batch, all_states, False)
+        posed = problem, problem._replace(grad=True)
+        if key is not None:
+            _remember(key, posed)
+    problem = posed[wants_gradients(inputs)]
+    y, h_n, c_n, c = scan(problem, inputs, recompute, plain=key is not None)
     return y, (h_n,) if c_n is None else (h_n, c_n), c
+
+
+def _remember(key: tuple[object, ...], posed: tuple[Problem, Problem]) -> None:
+    if len(_checked) >= _MOST_CHECKED:
+        _checked.clear()
+    _checked[key] = posed
+
+
+def _pair(states: States | None) -> tuple[Tensor | None, Tensor | None]:
+    """h and c."""
+    if states is None:
+        return None, None
+    return states[0], states[1] if len(states) > 1 else None
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -257,22 +289,20 @@ def _check_states(
     x: Tensor,
     states: States | None,
     lead: tuple[int, int],
-    H: int,
-    out: int,
+    sizes: tuple[int, int],
     name: str,
-) -> tuple[Tensor | None, Tensor | None]:
-    """h and c."""
+) -> None:
+    """`sizes` are H and the width of one group's output."""
     if states is None:
-        return None, None
+        return
     if len(states) != cell.states:
         raise RuntimeError(f"{cell.name} expects {cell.states} {name} states, got {len(states)}")
     for k, state in enumerate(states):
-        shape = (*lead, H if k else out)
+        shape = (*lead, sizes[0] if k else sizes[1])
         if state.shape != shape:
             raise RuntimeError(f"Expected {name}[{k}] size {shape}, got {list(state.shape)}")
         if state.dtype != x.dtype or state.device != x.device:
             _raise_mismatch(x, state, name)
-    return states[0], states[1] if cell.states > 1 else None
 
 
 def _raise_mismatch(x: Tensor, other: Tensor, what: str) -> None:

@@ -253,6 +253,9 @@ def test_call_with_a_clearer_error(
 def test_weights(cell: str, backend: str, position: int, change: Any, text: str) -> None:
     rows = CELLS[cell].gates * H
     weights: list[Any] = [x_of(rows, I), x_of(rows, H), x_of(rows), x_of(rows)]
+    functional.layer(
+        cell, x_of(T, B, I), None, weights
+    )  # which is remembered, and lets no other by
     weights[position] = change(weights[position])
     with fastrnn.backend(backend), pytest.raises(RuntimeError, match=text):
         functional.layer(cell, x_of(T, B, I), None, weights)
@@ -268,6 +271,7 @@ def test_number_of_weights(count: int) -> None:
 def test_number_of_states(cell: str) -> None:
     rows, n = CELLS[cell].gates * H, CELLS[cell].states
     weights = [x_of(rows, I), x_of(rows, H), None, None]
+    functional.layer(cell, x_of(T, B, I), (x_of(1, B, H),) * n, weights)
     for count in {0, 1, 2, 3} - {n}:
         with pytest.raises(RuntimeError, match=f"expects {n} hidden states, got {count}"):
             functional.layer(cell, x_of(T, B, I), (x_of(1, B, H),) * count, weights)
@@ -276,6 +280,7 @@ def test_number_of_states(cell: str) -> None:
 def test_weights_of_another_shape_inside_a_module() -> None:
     """torch.nn's LSTM reads beyond such a weight without an error."""
     layer = fastrnn.LSTM(I, H)
+    layer(x_of(T, B, I))
     layer.weight_hh_l0 = nn.Parameter(torch.zeros(4 * H, H - 1))
     with pytest.raises(RuntimeError, match=r"Expected weight_hh size \(16, 4\), got \[16, 3\]"):
         layer(x_of(T, B, I))

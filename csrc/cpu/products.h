@@ -8,12 +8,11 @@
 
 #include "rows.h"
 #include "team.h"
+#include "thin.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-// So few rows do not pay for packing anything: they are multiplied as they lie.
-inline constexpr int64_t kThinRows = 4;
 // From this many rows on, which a product sums up, floats are split into parts for the tile unit.
 inline constexpr int64_t kSplitRows = 24;
 // Rows of a task where kTaskRows would make too few of them to share out.
@@ -95,7 +94,7 @@ class Products {
   using V = AccVec<T>;
   using Layout = ProductsLayout<T>;
   static constexpr int lanes = kLanes<A>;
-  static constexpr int64_t kThinColumns = 2 * kMaxVectors * lanes;
+  static constexpr int64_t kThinColumns = kSummedVectors * lanes;
   static constexpr A kZeros[kMaxVectors * lanes] = {};
 
  public:
@@ -148,10 +147,8 @@ class Products {
   }
 
   void run() {
-    for (int i = 0; i < share_.parts; ++i) {
-      const int part = (share_.part + i) % share_.parts;
-      layout_.thin ? run_thin(part) : run_tasks(part);
-    }
+    if (layout_.thin) return run_thin();
+    for (int i = 0; i < share_.parts; ++i) run_tasks((share_.part + i) % share_.parts);
   }
 
  private:
@@ -323,86 +320,75 @@ class Products {
     }
   }
 
-  void run_thin(int part) {
-    const Range groups = share_.groups_of(part), inputs = inputs_of(part);
-    const Range column_blocks = input_blocks(part, ceil_div(args_.I, kThinColumns));
+  // Each thread has its own tasks here: what it writes of dW is still in its cache from the last call, as a rule, and
+  // there is too little work for others to help out.
+  void run_thin() {
+    const Range groups = share_.groups, inputs = inputs_of(share_.part);
+    const Range column_blocks = input_blocks(share_.part, ceil_div(args_.I, kThinColumns));
     const int64_t products = groups.size() * args_.samples.number;
     const int64_t blocks = ceil_div(args_.H, kTaskRows), proj_blocks = ceil_div(args_.P, kTaskRows);
-    const int64_t columns = args_.dx ? inputs.size() * column_blocks.size() : 0;
-    const int64_t gate_tasks = columns + products * gates_ * blocks, tasks = gate_tasks + products * proj_blocks;
-    for (int64_t i = team_.next_task(part); i < tasks; i = team_.next_task(part)) {
-      if (i < columns) {
-        Digits task{i};
-        const int64_t column0 = (column_blocks.begin + task.take(column_blocks.size())) * kThinColumns;
-        thin_input_gradient(static_cast<int>(inputs.begin + task.rest), column0);
-      } else if (i < gate_tasks) {
-        Digits task{i - columns};
-        const int64_t unit = task.take(blocks) * kTaskRows, gate = task.take(gates_);
-        const int64_t sample = task.take(args_.samples.number);
-        const int g = static_cast<int>(groups.begin + task.rest);
-        thin_weight_gradients(left_of(g, false), sample, gate, unit, ih(g));
-        thin_weight_gradients(left_of(g, true), sample, gate, unit, hh(g));
-      } else {
-        Digits task{i - gate_tasks};
-        const int64_t unit = task.take(proj_blocks) * kTaskRows, sample = task.take(args_.samples.number);
-        const int g = static_cast<int>(groups.begin + task.rest);
-        thin_weight_gradients(projection_of(g), sample, 0, unit, hr(g));
-      }
-    }
+    for_my_tasks(args_.dx ? inputs.size() * column_blocks.size() : 0, [&](Digits task) {
+      const int64_t column = (column_blocks.begin + task.take(column_blocks.size())) * kThinColumns;
+      thin_input_gradient(static_cast<int>(inputs.begin + task.rest), column);
+    });
+    for_my_tasks(products * gates_ * blocks, [&](Digits task) {
+      const int64_t unit = task.take(blocks) * kTaskRows, gate = task.take(gates_);
+      const int64_t sample = task.take(args_.samples.number);
+      const int g = static_cast<int>(groups.begin + task.rest);
+      thin_weight_gradients(left_of(g, false), sample, gate, unit, ih(g));
+      thin_weight_gradients(left_of(g, true), sample, gate, unit, hh(g));
+    });
+    for_my_tasks(products * proj_blocks, [&](Digits task) {
+      const int64_t unit = task.take(proj_blocks) * kTaskRows, sample = task.take(args_.samples.number);
+      const int g = static_cast<int>(groups.begin + task.rest);
+      thin_weight_gradients(projection_of(g), sample, 0, unit, hr(g));
+    });
+  }
+
+  template <class Body>
+  void for_my_tasks(int64_t number, Body body) const {
+    const Range mine = share_.packs(number);
+    for (int64_t i = mine.begin; i < mine.end; ++i) body(Digits{i});
   }
 
   // Columns of dx as a sum of rows of W_ih.
-  void thin_input_gradient(int input, int64_t column0) const {
-    const int64_t end = args_.I - column0 < kThinColumns ? args_.I : column0 + kThinColumns;
-    for (int64_t n = 0; n < seq_.N; ++n) {
-      for (int64_t column = column0; column < end; column += kMaxVectors * lanes) thin_columns(input, n, column, end);
-    }
-  }
-
-  void thin_columns(int input, int64_t n, int64_t column, int64_t end) const {
-    V sums[kMaxVectors] = {};
+  void thin_input_gradient(int input, int64_t column) const {
     const Range groups = readers(input);
-    for (int64_t g = groups.begin; g < groups.end; ++g) {
-      const T* w = static_cast<const T*>(args_.groups[g].w_ih) + column;
-      const T* const dgates = layout_.group[g].dgates_x + n * layout_.depth;
-      for (int64_t row = 0; row < gates_ * args_.H; ++row, w += args_.I) {
-        const V d = broadcast(widen_one(dgates[row / args_.H * Hp_ + row % args_.H]));
-        for (int v = 0; v < kMaxVectors && column + v * lanes < end; ++v) {
-          sums[v] += d * load_first(w + v * lanes, end - column - v * lanes);
-        }
+    const int64_t columns = args_.I - column, H = args_.H;
+    for (int64_t n = 0; n < seq_.N; ++n) {
+      V sums[kSummedVectors] = {};
+      for (int64_t g = groups.begin; g < groups.end; ++g) {
+        const T* w = static_cast<const T*>(args_.groups[g].w_ih) + column;
+        const T* const dgates = layout_.group[g].dgates_x + n * layout_.depth;
+        for (int k = 0; k < gates_; ++k) add_rows(sums, dgates + k * Hp_, w + k * H * args_.I, args_.I, H, columns);
+      }
+      for (int64_t v = 0; v < kSummedVectors && v * lanes < columns; ++v) {
+        store_first(dx_row(input, n) + column + v * lanes, sums[v], columns - v * lanes);
       }
     }
-    for (int v = 0; v < kMaxVectors && column + v * lanes < end; ++v) {
-      store_first(dx_row(input, n) + column + v * lanes, sums[v], end - column - v * lanes);
-    }
   }
 
-  // Up to kTaskRows rows of dW and db.
+  // Up to kTaskRows rows of dW and db: each the sum over n of one element on the left times a row on the right.
   void thin_weight_gradients(const Left& left, int64_t sample, int64_t gate, int64_t unit, const Target& out) const {
     if (!out.wanted()) return;
     const int64_t end = left.units - unit < kTaskRows ? left.units : unit + kTaskRows;
-    for (; unit < end; ++unit) thin_row(left, sample, gate, unit, out);
-  }
-
-  // One row: the sum over n of one element on the left times a row on the right.
-  void thin_row(const Left& left, int64_t sample, int64_t gate, int64_t unit, const Target& out) const {
-    const int64_t rows = left.gates * left.units, row = gate * left.units + unit, columns = out.right->columns;
-    const T* const element = left.data + gate * left.padded + unit;
+    const int64_t rows = left.gates * left.units;
     const Range mine = order_.rows_of(sample);
-    A d[kThinRows] = {}, sum = 0;
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
-      sum += d[i - mine.begin] = widen_one(element[order_.row(i) * left.ld]);
-    }
-    if (out.db) store_first(out.db_row(sample, rows, row), broadcast(sum), 1);
-    if (!out.dw) return;
-    T* const to = out.dw_row(sample, rows, row);
-    for (int64_t column = 0; column < columns; column += lanes) {
-      V c = {};
+    for (; unit < end; ++unit) {
+      const T* const element = left.data + gate * left.padded + unit;
+      Terms<T> terms;
+      A sum = 0;
       for (int64_t i = mine.begin; i < mine.end; ++i) {
-        const T* const right = out.rows[order_.row(i)];
-        if (right) c += d[i - mine.begin] * load_first(right + column, columns - column);
+        const int64_t n = order_.row(i);
+        const A d = widen_one(element[n * left.ld]);
+        sum += d;
+        if (!out.dw || !out.rows[n]) continue;
+        terms.factor[terms.count] = d;
+        terms.row[terms.count++] = out.rows[n];
       }
-      store_first(to + column, c, columns - column);
+      const int64_t row = gate * left.units + unit;
+      if (out.db) store_first(out.db_row(sample, rows, row), broadcast(sum), 1);
+      if (out.dw) store_terms(out.dw_row(sample, rows, row), terms, out.right->columns);
     }
   }
 

@@ -25,7 +25,6 @@ else:
     _MISSING = None
     _CELLS = _C.cells()
 
-_WHOLE = torch.contiguous_format
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -196,7 +195,7 @@ def _backward(
     """A dense batch, or a packed one: gradients of x, h0, c0, the two states at resets (None), and
     the weights."""
     G, B, H, x = problem.G, problem.B, problem.H, inputs.x
-    dx = torch.empty_like(x, memory_format=_WHOLE) if needs[0] else None
+    dx = _empty_like(x) if needs[0] else None
     dh0 = x.new_empty(G, B, problem.out) if needs[1] else None
     dc0 = x.new_empty(G, B, H) if needs[2] else None
     dweights = [
@@ -214,11 +213,18 @@ def _backward(
     return [dx, dh0, dc0, None, None, *dweights]
 
 
+def _empty_like(tensor: Tensor) -> Tensor:
+    """Contiguous memory; saying so takes torch longer."""
+    if tensor.is_contiguous():
+        return torch.empty_like(tensor)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def _empty_gradient(problem: Problem, weight: Tensor, samples: int) -> Tensor:
     """As the kernels fill it: [*weight.shape], [samples, *weight.shape], or, of stacked weights,
     [G, samples, ...]."""
     if samples == 1:
-        return torch.empty_like(weight, memory_format=_WHOLE)
+        return _empty_like(weight)
     if problem.stacked:
         return weight.new_empty(problem.G, samples, *weight.shape[1:])
     return weight.new_empty(samples, *weight.shape)

@@ -1,0 +1,105 @@
+"""What is known of tensors before a kernel reads them where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastrnn
+from fastrnn import functional
+from fastrnn.plain import all_plain, signature
+
+_C = pytest.importorskip("fastrnn._C")
+
+
+class Subclass(Tensor):
+    pass
+
+
+ANOTHER_KIND: dict[str, Callable[[], Tensor]] = {
+    "subclass": lambda: torch.zeros(2, 3).as_subclass(Subclass),
+    "negated view": lambda: torch.zeros(2, 3, dtype=torch.complex64).conj().imag,
+    "sparse": lambda: torch.zeros(2, 3).to_sparse(),
+    "without memory": lambda: torch.zeros(2, 3, device="meta"),
+}
+
+
+@pytest.fixture(params=["by table", "by methods"])
+def table(request: pytest.FixtureRequest) -> bool:
+    return str(request.param) == "by table"
+
+
+@pytest.fixture(autouse=True)
+def reading(request: pytest.FixtureRequest) -> object:
+    """Tensors are read as the test wants them read."""
+    before = _C.reads_by_table()
+    wanted = request.getfixturevalue("table") if "table" in request.fixturenames else before
+    if wanted and not before:
+        pytest.skip("this torch publishes no table")
+    _C.read_by_table(wanted)
+    yield
+    _C.read_by_table(before)
+
+
+def test_signature_tells_tensors_apart() -> None:
+    like = torch.zeros(2, 3)
+    if signature((like,)) is None:
+        pytest.skip("this torch publishes no table")
+    others = [
+        (like.double(),),
+        (like.bfloat16(),),
+        (torch.zeros(3, 2),),
+        (torch.zeros(6),),
+        (torch.zeros(1, 2, 3),),
+        (like, None),
+        (None, like),
+        (like, like),
+        (),
+    ]
+    found = [signature(each) for each in ((like,), *others)]
+    assert len(set(found)) == len(found)
+    assert None not in found
+    assert signature((nn.Parameter(torch.ones(3, 2).t()),)) == found[0]
+
+
+@pytest.mark.parametrize("name", ANOTHER_KIND)
+def test_of_another_kind(name: str) -> None:
+    assert signature((torch.zeros(2), ANOTHER_KIND[name]())) is None
+
+
+@pytest.mark.parametrize("name", ["subclass", "negated view"])
+def test_not_plain(name: str, table: bool) -> None:
+    assert all_plain((torch.zeros(2), None, nn.Parameter(torch.zeros(1))))
+    assert not all_plain((torch.zeros(2), ANOTHER_KIND[name]()))
+
+
+def test_wrappers_of_transforms_have_no_signature() -> None:
+    found = []
+
+    def look(x: Tensor) -> Tensor:
+        found.append(signature((x,)))
+        return x.sum()
+
+    torch.vmap(look)(torch.zeros(2, 3))
+    torch.func.grad(look)(torch.zeros(2, 3))
+    assert found == [None, None]
+
+
+def test_negated_input(table: bool) -> None:
+    layer = fastrnn.GRU(3, 4)
+    z = torch.randn(5, 2, 3, dtype=torch.complex64)
+    expected, _ = layer(-z.imag.clone())
+    found, _ = layer(z.conj().imag)
+    assert torch.equal(found, expected)
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_checked", {})
+    monkeypatch.setattr(functional, "_MOST_CHECKED", 3)
+    layer = fastrnn.RNN(3, 4)
+    for steps in range(1, 9):
+        layer(torch.zeros(steps, 2, 3))
+        assert len(functional._checked) <= 3
