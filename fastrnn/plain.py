@@ -16,10 +16,10 @@ _CLASSES = (Tensor, torch.nn.Parameter)
 def signature(tensors: tuple[Tensor | None, ...]) -> bytes | None:
     """The dtypes, devices and shapes of dense tensors: equal where all of these are.
 
-    None unless all are plain, and wherever finding out takes longer than it spares: while torch
-    compiles, and without the extension or a torch that lets it look into tensors (2.10).
+    None unless all are plain, while torch compiles or traces, for it wants to see how they are
+    used, and without the extension or a torch that lets it look into tensors (2.10).
     """
-    if _C is None or torch.compiler.is_compiling():
+    if _C is None or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return None
     return _C.signature(tensors)
 
