@@ -100,9 +100,9 @@ struct ForwardLayout {
 
   // Values in a part of the rows of any product: whole tiles of them.
   int64_t split_size(const ForwardArgs& args, const Plan& plan, int64_t step_rows) const {
-    const int64_t input = plan.split_input ? round_up(chunk_rows, 16) * round_up(args.I, kSplitPad) : 0;
+    const int64_t input = plan.split_input ? round_up(chunk_rows, 16) * round_up(args.I, kTileDepth) : 0;
     const int64_t deeper = args.H > args.out() ? args.H : args.out();
-    const int64_t state = plan.split_state ? round_up(step_rows, 16) * round_up(deeper, kSplitPad) : 0;
+    const int64_t state = plan.split_state ? round_up(step_rows, 16) * round_up(deeper, kTileDepth) : 0;
     return input > state ? input : state;
   }
 
@@ -118,11 +118,13 @@ class ForwardScan {
   static constexpr int lanes = kLanes<A>;
 
  public:
-  ForwardScan(const ForwardArgs& args, const Plan& plan, const Layout& layout, const Share& share, int g)
+  ForwardScan(const ForwardArgs& args, const Plan& plan, const Layout& layout, const Share& share, int g,
+              TileScope& tiles)
       : args_(args),
         seq_(args.seq),
         layout_(layout),
         share_(share),
+        tiles_(tiles),
         g_(g),
         group_(args.groups[g]),
         buffers_(layout.group[g]),
@@ -200,6 +202,7 @@ class ForwardScan {
   void for_each_block(const Weights<T>& w, const Sweep& sweep, const T* a, int64_t ld, int64_t rows, Body body) {
     const RowBlocks<T> blocks(rows, w.panels.nv, w.panels.split);
     const LeftRows<T> left = w.left(a, ld, rows, layout_.thread.parts);
+    if (rows > 0 && left.parts.data) tiles_.fit(rows);
     for (int64_t p = sweep.first; p != sweep.end; p += sweep.stride) {
       for (int64_t i = 0; i < blocks.count(); ++i) {
         const int64_t j = blocks.begin(i);
@@ -229,20 +232,29 @@ class ForwardScan {
     return s;
   }
 
-  // My rows of steps [s0, s1) gathered side by side, then multiplied panel by panel.
+  // My rows of steps [s0, s1), gathered side by side unless they lie so, then multiplied panel by panel.
   void input_gates(int64_t s0, int64_t s1) {
+    const bool lie_so = x_is_gathered(s0, s1);
     int64_t rows = 0;
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t t = group_.step_to_time(s, seq_.T);
       const int64_t count = share_.count(seq_.active(t));
       for (int64_t j = 0; j < count; ++j) {
-        copy_x(rows + j, args_.template x_row<T>(g_, t, share_.row(j)));
+        if (!lie_so) copy_x(rows + j, args_.template x_row<T>(g_, t, share_.row(j)));
         gates_rows_[rows + j] = gates_row(t, rows, count, j);
       }
       rows += count;
     }
-    for_each_block(buffers_.ih, Sweep(panels_, 0), x_rows_, layout_.Ik, rows,
+    const T* const x = lie_so ? args_.template x_row<T>(g_, group_.step_to_time(s0, seq_.T), 0) : x_rows_;
+    for_each_block(buffers_.ih, Sweep(panels_, 0), x, lie_so ? args_.x_stride_b : layout_.Ik, rows,
                    [&](int64_t j, int n, int64_t p) { store_input_gates(gates_rows_ + j, n, p); });
+  }
+
+  // Whether all rows of these steps are mine and follow each other in memory, nothing being read past the last.
+  bool x_is_gathered(int64_t s0, int64_t s1) const {
+    if (kRowPad<T> > 1 || layout_.Ik != args_.I || share_.row_parts > 1) return false;
+    if (s1 - s0 == 1) return true;
+    return !group_.reverse && (seq_.batch_sizes || args_.x_stride_t == seq_.B * args_.x_stride_b);
   }
 
   void copy_x(int64_t row, const T* x) const {
@@ -399,6 +411,7 @@ class ForwardScan {
   const Sequence& seq_;
   const Layout& layout_;
   const Share& share_;
+  TileScope& tiles_;
   int g_;
   const Group& group_;
   const typename Layout::GroupBuffers& buffers_;
@@ -418,7 +431,7 @@ class ForwardScan {
 // One thread's whole part of a layer call.
 template <class Cell, class T>
 void forward(const ForwardArgs& args, const Plan& plan, const Team& team, int thread) {
-  const TileScope tiles;
+  TileScope tiles;
   const ForwardLayout<Cell, T> layout(args, plan, args.workspace, thread);
   const Share share = Share::of(plan, team, args.G, thread);
   for (int64_t g = share.groups.begin; g < share.groups.end; ++g) {
@@ -434,7 +447,7 @@ void forward(const ForwardArgs& args, const Plan& plan, const Team& team, int th
   if (plan.pack) team.everyone->wait(plan.threads);
   if (!share.scans) return;
   for (int64_t g = share.groups.begin; g < share.groups.end; ++g) {
-    ForwardScan<Cell, T>(args, plan, layout, share, static_cast<int>(g)).run();
+    ForwardScan<Cell, T>(args, plan, layout, share, static_cast<int>(g), tiles).run();
   }
 }
 

@@ -168,6 +168,24 @@ struct TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Tiles that hold fewer rows take less time: [rows], for products of up to so many rows by parts, whose tiles are told
+// in split.h.
+inline constexpr int kTiledRows = 32;
+struct TileConfigs {
+  TileConfig of[kTiledRows + 1];
+};
+constexpr TileConfigs tile_configs() {
+  TileConfigs configs;
+  for (int rows = 1; rows <= kTiledRows; ++rows) {
+    uint8_t* const of_tile = configs.of[rows].rows;
+    const auto low = static_cast<uint8_t>(rows <= 16 ? rows : rows - 16);
+    of_tile[2] = of_tile[3] = low;
+    (rows <= 16 ? of_tile[4] : of_tile[5]) = low;
+    if (rows <= 16) of_tile[0] = of_tile[1] = low;
+  }
+  return configs;
+}
+
 // Tiles 0 and 1 hold sums of 16 rows side by side, where there is a pair; 2 and 3 those of the 16 rows below.
 template <bool Two>
 FASTRNN_INLINE void load_sums(const float* from, int64_t stride, bool pair) {
@@ -240,18 +258,29 @@ inline Block<bf16> find_tile_block(int nv, int rows) {
 class TileScope {
  public:
 #if defined(__AMX_BF16__)
-  TileScope() { _tile_loadconfig(&kConfig); }
+  TileScope() { load(); }
   ~TileScope() { _tile_release(); }
+  // For products by parts of so many rows, or of more with kTiledRows, which fits all others too.
+  void fit(int64_t rows) {
+    const int wanted = static_cast<int>(rows < kTiledRows ? rows : kTiledRows);
+    if (wanted == rows_) return;
+    rows_ = wanted;
+    load();
+  }
 #else
   TileScope() {}
+  void fit(int64_t) {}
 #endif
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
 
 #if defined(__AMX_BF16__)
  private:
+  void load() const { _tile_loadconfig(&kConfigs.of[rows_]); }
+
   // Static: GCC believes that the intrinsic reads but eight bytes, and leaves out what fills the rest of a local one.
-  static constexpr TileConfig kConfig{};
+  static constexpr TileConfigs kConfigs = tile_configs();
+  int rows_ = kTiledRows;
 #endif
 };
 

@@ -45,7 +45,7 @@ struct Panels {
   // Of `vectors` vectors of units, each with all its gates; without room if it is not wanted.
   static Panels make(Arena& arena, int64_t units, int vectors, int gates, int64_t K, bool split, bool wanted) {
     Panels p{nullptr, nullptr, ceil_div(units, vectors * kLanes<Acc<T>>), 0, vectors * gates, split};
-    p.depth = round_up(K, split ? kSplitPad : kDepthPad<T>);
+    p.depth = round_up(K, split ? kTileDepth : kDepthPad<T>);
     if (!wanted) return p;
     p.data = arena.take<char>(p.count * p.bytes());
     p.bias = arena.take<Acc<T>>(p.count * p.width());
@@ -144,8 +144,7 @@ void split_block(const Panels<T>& out, int64_t p, int64_t k, int v, const T* w, 
     }
   }
   for (int i = 0; i < lanes; i += 2) {
-    store_pair(out.parts(p).from((k + i) * out.width() + v * 2 * lanes), load(block + i * lanes),
-               load(block + (i + 1) * lanes));
+    store_pair(out.parts(p).from(pair_at(k + i, v, out.nv)), load(block + i * lanes), load(block + (i + 1) * lanes));
   }
 }
 
@@ -262,9 +261,8 @@ void multiply(const LeftRows<T>& a, int64_t rows, const Panel<T>& panel, int64_t
               int64_t init_stride, Acc<T>* c, int64_t c_stride, const Panel<T>& next) {
   if constexpr (kSplits<T>) {
     if (a.parts.data) {
-      const int64_t depth = round_up(K, kSplitPad);
-      return multiply_split(a.parts, depth, rows, panel.parts, depth, nv, init, init_stride, c, c_stride,
-                            next.parts.data);
+      const int64_t depth = round_up(K, kTileDepth);
+      return multiply_split(a.parts, rows, panel.parts, depth, nv, init, init_stride, c, c_stride, next.parts.data);
     }
   }
   multiply_rows(a.values, a.ld, rows, panel.values, K, nv, init, init_stride, c, c_stride, next.values);
@@ -296,8 +294,8 @@ struct Weights {
     const int64_t depth = panels.depth, width = panels.width();
     if constexpr (kSplits<T>) {
       if (a.parts.data) {
-        return multiply_split(a.parts.from(row * depth), depth, rows, panels.parts(p), depth, panels.nv,
-                              panels.panel_bias(p), 0, out.c, width, ahead);
+        return multiply_split(a.parts.from(row * depth), rows, panels.parts(p), depth, panels.nv, panels.panel_bias(p),
+                              0, out.c, width, ahead);
       }
     }
     const T* const first = a.values + row * a.ld;

@@ -8,8 +8,9 @@ namespace fastrnn {
 namespace {
 
 // Rows of the input GEMM done at once, for each share of the units: enough to use each panel many times, few enough to
-// leave the gates in L2.
-constexpr int64_t kChunkRows = 64;
+// leave the gates in L2; more where the weights of a step, which a core fetches in turn with the input's, do not fit.
+constexpr int64_t kChunkRows = 64, kSplitChunkRows = 32, kFarChunkRows = 128;
+constexpr double kFarBytes = 2e6;
 // Fewer rows than this over all timesteps do not pay for packing the weights.
 constexpr int64_t kPackRows = 4;
 // The costs were fitted to the times of some hundred sizes, forward and backward, on two cores of an Emerald Rapids.
@@ -26,28 +27,38 @@ constexpr double kTurnRows = 16;
 
 // What one way to compute a product costs.
 struct Product {
-  double row;                  // a row by a vector of a panel, for each step of depth
-  int64_t row_pad, depth_pad;  // what rows and depth are rounded up to
-  int64_t overhead;            // steps of depth that a row by a vector takes besides
-  double split;                // taking a row apart, for each step of depth
-  double bytes;                // of a weight, packed, against its own
-  double near_bytes;           // what a core's own L2 surely holds
-  double near, far;            // fetching a panel from L2 and from beyond it, against fetching its values from L2
-  double shared;               // fetching lines that other cores wrote, against one after the other
+  double row;         // a row by a vector of a panel, for each step of depth
+  bool tiles;         // rows are those of tiles
+  int64_t depth_pad;  // what depth is rounded up to
+  int64_t overhead;   // steps of depth that a row by a vector takes besides
+  double split;       // taking a row apart, for each step of depth
+  double bytes;       // of a weight, packed, against its own
+  double near_bytes;  // what a core's own L2 surely holds
+  double near, far;   // fetching a panel from L2 and from beyond it, against fetching its values from L2
+  double shared;      // fetching lines that other cores wrote, against one after the other
 };
-constexpr Product kByValues = {1, 1, 1, 0, 0, 1, 1e6, 1, 5, 1};
+constexpr Product kByValues = {1, false, 1, 0, 0, 1, 1e6, 1, 5, 1};
 // See split.h. From kSplitLeast rows on over all timesteps, taking the weights apart can pay.
-constexpr Product kByParts = {0.6, 16, 32, 40, 1.5, 1.5, 1.5e6, 1.2, 7.5, 0.3};
+constexpr Product kByParts = {0.6, true, 32, 40, 1.5, 1.5, 1.5e6, 1.2, 7.5, 0.3};
 constexpr int64_t kSplitLeast = 192;
+
+// The rows that a product takes as long as: it is of tiles of 16, of which the last is as high as the rest where there
+// is one block of two, but takes as long as 10 rows at least.
+int64_t worked_rows(const Product& product, int64_t rows) {
+  if (!product.tiles) return rows;
+  if (rows > 32) return round_up(rows, 16);
+  const int64_t whole = rows > 16 ? 16 : 0;
+  return whole + std::max<int64_t>(rows - whole, 10);
+}
 
 // `rows` rows so deep by `vectors` vectors; fetching one from L2 takes as long as multiplying `rows_to_fetch` rows.
 double product_cost(const Product& product, int64_t rows, int64_t depth, double vectors, double vector_bytes,
                     double rows_to_fetch) {
-  const auto padded = [](int64_t n, int64_t pad) { return static_cast<double>(round_up(n, pad)); };
-  const double steps = padded(depth, product.depth_pad) + static_cast<double>(product.overhead);
+  const double steps = static_cast<double>(round_up(depth, product.depth_pad) + product.overhead);
   const double far = std::max(0.0, 1 - product.near_bytes / (vectors * vector_bytes * product.bytes));
   const double fetch = rows_to_fetch * (product.near + far * (product.far - product.near));
-  const double work = std::max(product.row * padded(rows, product.row_pad), fetch) + fetch * kUnhidden;
+  const double work =
+      std::max(product.row * static_cast<double>(worked_rows(product, rows)), fetch) + fetch * kUnhidden;
   return vectors * steps * work + product.split * static_cast<double>(rows * depth);
 }
 
@@ -183,7 +194,13 @@ Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, i
   Plan plan = best.plan;
   const int64_t rows = ceil_div(args.seq.B, plan.row_parts);
   plan.proj_vectors = proj_vectors(table, dtype, threads, args);
-  plan.chunk = std::max<int64_t>(1, kChunkRows * plan.unit_parts / rows);
+  const double weights = static_cast<double>(vectors * cell.gates * (args.out() + args.I)) *
+                         table.lanes[static_cast<int>(dtype)] * static_cast<double>(element_size(dtype));
+  const bool far = weights / plan.unit_parts * (split_state ? kByParts : kByValues).bytes > kFarBytes;
+  plan.chunk = std::max<int64_t>(1, (far           ? kFarChunkRows
+                                     : split_state ? kSplitChunkRows
+                                                   : kChunkRows) *
+                                        plan.unit_parts / rows);
   plan.pack = args.seq.N >= kPackRows;
   plan.split_state = split_state;
   // Products of values have no panels so wide.

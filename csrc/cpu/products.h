@@ -38,7 +38,7 @@ struct ProductsLayout {
         proj_depth(round_up(round_up(args.P, kUnitPad), kDepthPad<T>)),
         split(kSplits<T> && args.seq.N >= kSplitRows * args.samples.number),
         x(RowPanels<T>::make(args.I, split)),
-        order(arena, args.seq, args.samples, split ? kSplitPad : kDepthPad<T>) {
+        order(arena, args.seq, args.samples, split ? kTileDepth : kDepthPad<T>) {
     const int64_t N = args.seq.N, rows = N + kRowPad<T> * plan.row_parts;
     thin = N < kThinRows;
     const auto room = [&](const RowPanels<T>& p, bool wanted) {

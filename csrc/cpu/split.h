@@ -15,8 +15,8 @@ namespace FASTRNN_ISA {
 template <class T>
 inline constexpr bool kSplits = kTiles && std::is_same_v<T, float>;
 inline constexpr int kParts = 3;
-// The depth of such a product is padded to this.
-inline constexpr int64_t kSplitPad = 32;
+// Steps of depth of a tile, to which that of a product is padded.
+inline constexpr int64_t kTileDepth = 32;
 
 // The parts one after the other; from the first to the last each is 2^-8 times as large, or less.
 template <class P>
@@ -43,7 +43,12 @@ FASTRNN_INLINE Parts parts_of(Vec<float> x) {
   return parts;
 }
 
-// Two steps of depth of one vector, in the order of bf16 panels (see gemm.h).
+// Both sides of a product lie in memory tile after tile: of its 16 lines one follows the other, which is the fastest
+// order to load them in. So one vector of a panel, [depth / 2][lanes][2], is cut into tiles of 32 steps of depth, and
+// vectors take turns; and so are 16 rows.
+inline constexpr int64_t kTileSize = 16 * kTileDepth;
+
+// Two steps of depth of one vector.
 FASTRNN_INLINE void store_pair(const Split<bf16>& out, Vec<float> first, Vec<float> second) {
   const Parts low = parts_of(first), high = parts_of(second);
   for (int j = 0; j < kParts; ++j) {
@@ -52,25 +57,34 @@ FASTRNN_INLINE void store_pair(const Split<bf16>& out, Vec<float> first, Vec<flo
   }
 }
 
-// A panel [depth][nv][lanes] whose row k is columns of row(k), null for zeros.
+// Where step k, an even one, of vector v stands in a panel of nv vectors.
+constexpr int64_t pair_at(int64_t k, int v, int nv) {
+  return (k / kTileDepth * nv + v) * kTileSize + k % kTileDepth * kLanes<float>;
+}
+
+// A panel whose row k is columns of row(k), null for zeros.
 template <class RowOf>
 void split_panel(const Split<bf16>& out, int64_t depth, int nv, int64_t columns, int64_t p, RowOf row) {
   constexpr int lanes = kLanes<float>;
-  int64_t at = 0;
   for (int64_t k = 0; k < depth; k += 2) {
     const float *const first = row(k), *const second = row(k + 1);
-    for (int v = 0; v < nv; ++v, at += 2 * lanes) {
+    for (int v = 0; v < nv; ++v) {
       const int64_t column = (p * nv + v) * lanes, left = columns - column;
-      store_pair(out.from(at), first && left > 0 ? load_first(first + column, left) : Vec<float>{},
+      store_pair(out.from(pair_at(k, v, nv)), first && left > 0 ? load_first(first + column, left) : Vec<float>{},
                  second && left > 0 ? load_first(second + column, left) : Vec<float>{});
     }
   }
 }
 
-// Rows of `depth` floats as rows of round_up(depth, kSplitPad). Whether all of them are finite.
+// Where row r stands at depth k among rows so deep.
+constexpr int64_t row_at(int64_t r, int64_t k, int64_t depth) {
+  return r / 16 * 16 * depth + k / kTileDepth * kTileSize + r % 16 * kTileDepth + k % kTileDepth;
+}
+
+// Rows of `depth` floats, which is padded to round_up(depth, kTileDepth). Whether all of them are finite.
 inline bool split_rows(const Split<bf16>& out, const float* a, int64_t lda, int64_t rows, int64_t depth) {
   constexpr int lanes = kLanes<float>;
-  const int64_t ld = round_up(depth, kSplitPad);
+  const int64_t ld = round_up(depth, kTileDepth);
   Vec<float> zeros = {};
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t k = 0; k < ld; k += lanes) {
@@ -79,7 +93,7 @@ inline bool split_rows(const Split<bf16>& out, const float* a, int64_t lda, int6
       zeros += x - x;
       for (int j = 0; j < kParts; ++j) {
         const HalfVec part = __builtin_convertvector(parts.of[j] >> 16, HalfVec);
-        std::memcpy(out.of(j) + r * ld + k, &part, sizeof part);
+        std::memcpy(out.of(j) + row_at(r, k, ld), &part, sizeof part);
       }
     }
   }
@@ -88,43 +102,43 @@ inline bool split_rows(const Split<bf16>& out, const float* a, int64_t lda, int6
   return zero == 0;
 }
 
-template <int NV, bool Two>
+// Rows of two tiles. Two tiles of A meet two of B at a time, as in tile_block.
+template <int NV>
 struct SplitBlock {
   Split<const bf16> a, b;
-  int64_t lda;
+  int64_t depth;
 
   FASTRNN_INLINE void load_a(int part, int64_t k) const {
-    _tile_loadd(4, a.of(part) + k, lda * 2);
-    if constexpr (Two) _tile_loadd(5, a.of(part) + 16 * lda + k, lda * 2);
+    _tile_loadd(4, a.of(part) + row_at(0, k, depth), kLineBytes);
+    _tile_loadd(5, a.of(part) + row_at(16, k, depth), kLineBytes);
   }
   FASTRNN_INLINE void load_b(int part, int64_t k, int v, bool pair) const {
-    const bf16* const from = b.of(part) + (k / 2 * NV + v) * 32;
-    _tile_loadd(6, from, NV * 64);
-    if (pair) _tile_loadd(7, from + 32, NV * 64);
+    _tile_loadd(6, b.of(part) + pair_at(k, v, NV), kLineBytes);
+    if (pair) _tile_loadd(7, b.of(part) + pair_at(k, v + 1, NV), kLineBytes);
   }
   FASTRNN_INLINE static void multiply(bool pair) {
     _tile_dpbf16ps(0, 4, 6);
-    if constexpr (Two) _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(2, 5, 6);
     if (pair) _tile_dpbf16ps(1, 4, 7);
-    if (Two && pair) _tile_dpbf16ps(3, 5, 7);
+    if (pair) _tile_dpbf16ps(3, 5, 7);
   }
 
-  void run(int64_t K, const float* init, int64_t init_stride, float* c, int64_t c_stride, const void* ahead) const {
+  void run(const float* init, int64_t init_stride, float* c, int64_t c_stride, const void* ahead) const {
     const char* line = static_cast<const char*>(ahead);
     for (int v = 0; v < NV; v += 2) {
       const bool pair = v + 1 < NV;
-      load_sums<Two>(init + v * 16, init_stride, pair);
-      for (int64_t k = 0; k < K; k += 32) {
+      load_sums<true>(init + v * 16, init_stride, pair);
+      for (int64_t k = 0; k < depth; k += kTileDepth) {
         for (int i = 0; i < 16; ++i) __builtin_prefetch(line + i * kLineBytes, 0, 2);
         line += 16 * kLineBytes;
         add_small(k, v, pair);
       }
-      for (int64_t k = 0; k < K; k += 32) {
+      for (int64_t k = 0; k < depth; k += kTileDepth) {
         load_a(0, k);
         load_b(0, k, v, pair);
         multiply(pair);
       }
-      store_sums<Two>(c + v * 16, c_stride, pair);
+      store_sums<true>(c + v * 16, c_stride, pair);
     }
   }
 
@@ -144,32 +158,78 @@ struct SplitBlock {
   }
 };
 
-// C [rows, nv vectors] = init + A [rows, K] . panel: see multiply_rows. It writes, and reads of A and init, whole tiles
-// of 16 rows.
+// Rows of one tile, by one vector after the other. The small products have a sum of their own, tile 1, so that each
+// tile of B, which comes from L2 and is used but once or twice, is loaded once; and a tile has been out of use for a
+// while when the next one takes its place.
 template <int NV>
-void multiply_split(const Split<bf16>& a, int64_t lda, int64_t rows, const Split<bf16>& panel, int64_t K,
-                    const float* init, int64_t init_stride, float* c, int64_t c_stride, const void* ahead) {
+struct SplitTile {
+  Split<const bf16> a, b;
+  int64_t depth;
+
+  void run(int64_t rows, const float* init, int64_t init_stride, float* c, int64_t c_stride, const void* ahead) const {
+    const char* line = static_cast<const char*>(ahead);
+    for (int v = 0; v < NV; ++v) {
+      _tile_loadd(0, init + v * 16, init_stride * 4);
+      _tile_zero(1);
+      for (int64_t k = 0; k < depth; k += kTileDepth) {
+        for (int i = 0; i < 8; ++i) __builtin_prefetch(line + i * kLineBytes, 0, 2);
+        line += 8 * kLineBytes;
+        add(row_at(0, k, depth), pair_at(k, v, NV));
+      }
+      store_sum(rows, c + v * 16, c_stride);
+    }
+  }
+
+ private:
+  FASTRNN_INLINE void add(int64_t a_at, int64_t b_at) const {
+    _tile_loadd(2, a.of(0) + a_at, kLineBytes);
+    _tile_loadd(7, b.of(2) + b_at, kLineBytes);
+    _tile_dpbf16ps(1, 2, 7);
+    _tile_loadd(6, b.of(1) + b_at, kLineBytes);
+    _tile_dpbf16ps(1, 2, 6);
+    _tile_loadd(5, b.of(0) + b_at, kLineBytes);
+    _tile_dpbf16ps(0, 2, 5);
+    _tile_loadd(3, a.of(1) + a_at, kLineBytes);
+    _tile_dpbf16ps(1, 3, 6);
+    _tile_dpbf16ps(1, 3, 5);
+    _tile_loadd(4, a.of(2) + a_at, kLineBytes);
+    _tile_dpbf16ps(1, 4, 5);
+  }
+
+  static void store_sum(int64_t rows, float* c, int64_t stride) {
+    alignas(64) float small[16 * 16];
+    _tile_stored(0, c, stride * 4);
+    _tile_stored(1, small, kLineBytes);
+    for (int64_t r = 0; r < rows; ++r) store(c + r * stride, load(c + r * stride) + load(small + r * 16));
+  }
+};
+
+// C [rows, nv vectors] = init + A [rows, depth] . panel: see multiply_rows. It writes, and reads of A and init, as many
+// rows as the tiles are configured for.
+template <int NV>
+void multiply_split(const Split<bf16>& a, int64_t rows, const Split<bf16>& panel, int64_t depth, const float* init,
+                    int64_t init_stride, float* c, int64_t c_stride, const void* ahead) {
   const Split<const bf16> b{panel.data, panel.part};
   for (int64_t r = 0; r < rows; r += 32) {
-    const Split<const bf16> mine{a.data + r * lda, a.part};
+    const Split<const bf16> mine{a.data + r * depth, a.part};
     const float* const from = init + r * init_stride;
     float* const to = c + r * c_stride;
     if (rows - r > 16) {
-      SplitBlock<NV, true>{mine, b, lda}.run(K, from, init_stride, to, c_stride, ahead);
+      SplitBlock<NV>{mine, b, depth}.run(from, init_stride, to, c_stride, ahead);
     } else {
-      SplitBlock<NV, false>{mine, b, lda}.run(K, from, init_stride, to, c_stride, ahead);
+      SplitTile<NV>{mine, b, depth}.run(rows - r, from, init_stride, to, c_stride, ahead);
     }
   }
 }
 
-inline void multiply_split(const Split<bf16>& a, int64_t lda, int64_t rows, const Split<bf16>& panel, int64_t K, int nv,
+inline void multiply_split(const Split<bf16>& a, int64_t rows, const Split<bf16>& panel, int64_t depth, int nv,
                            const float* init, int64_t init_stride, float* c, int64_t c_stride, const void* ahead) {
   const auto kernel = nv == 1   ? multiply_split<1>
                       : nv == 2 ? multiply_split<2>
                       : nv == 3 ? multiply_split<3>
                       : nv == 4 ? multiply_split<4>
                                 : multiply_split<6>;
-  kernel(a, lda, rows, panel, K, init, init_stride, c, c_stride, ahead);
+  kernel(a, rows, panel, depth, init, init_stride, c, c_stride, ahead);
 }
 
 #endif

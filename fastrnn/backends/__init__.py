@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,7 +159,7 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
     sizes = batch_sizes.tolist()
     if not sizes:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if sizes[-1] <= 0 or any(a < b for a, b in itertools.pairwise(sizes)):
+    if sizes[-1] <= 0 or sizes != sorted(sizes, reverse=True):
         raise RuntimeError("batch_sizes must be positive and must not increase")
     if sum(sizes) != rows:
         raise RuntimeError(f"batch_sizes sum to {sum(sizes)}, but the packed input has {rows} rows")
