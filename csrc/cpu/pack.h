@@ -2,6 +2,7 @@
 // pay for that.
 #pragma once
 
+#include <stdexcept>
 #include <type_traits>
 #include <utility>
 
@@ -42,9 +43,11 @@ struct Panels {
   int nv;         // vectors in a panel
   bool split;     // they are of parts of the values (split.h)
 
-  // Of `vectors` vectors of units, each with all its gates; without room if it is not wanted.
+  // Of `vectors` vectors of units, each with all its gates; without room if it is not wanted. Throws std::logic_error
+  // for more vectors than there are products of, which only products by parts have many of.
   static Panels make(Arena& arena, int64_t units, int vectors, int gates, int64_t K, bool split, bool wanted) {
     Panels p{nullptr, nullptr, ceil_div(units, vectors * kLanes<Acc<T>>), 0, vectors * gates, split};
+    if (p.nv > (split ? kMostVectors : kMaxVectors)) throw std::logic_error("a panel has too many vectors");
     p.depth = round_up(K, split ? kTileDepth : kDepthPad<T>);
     if (!wanted) return p;
     p.data = arena.take<char>(p.count * p.bytes());
@@ -135,10 +138,11 @@ void transpose_block(T* out, int width, const T* in, int64_t ld) {
 template <class T>
 void split_block(const Panels<T>& out, int64_t p, int64_t k, int v, const T* w, int64_t K, int valid) {
   constexpr int lanes = kLanes<T>;
-  alignas(64) T block[lanes * lanes] = {};
+  alignas(64) T block[lanes * lanes];
   if (valid == lanes && k + lanes <= K) {
     transpose_block(block, lanes, w + k, K);
   } else {
+    std::memset(block, 0, sizeof block);
     for (int lane = 0; lane < valid; ++lane) {
       for (int64_t i = 0; i < lanes && k + i < K; ++i) block[i * lanes + lane] = w[lane * K + k + i];
     }
