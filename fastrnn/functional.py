@@ -155,31 +155,41 @@ def layer(
                 reset=reset, reset_states=reset_states, all_states=all_states,
                 recompute=recompute,
             )  # fmt: skip
-    kind, reverse = CELLS[cell], tuple(reverse)
-    key = None
-    if batch_sizes is None and lengths is None and reset is None and reset_states is None:
-        read = signature((x, *(states or ()), *weights))
-        key = None if read is None else (kind, reverse, all_states, len(weights), read)
-    posed = None if key is None else _checked.get(key)
-    if posed is None:
-        batch = _check_input(x, batch_sizes)
-        lead = len(reverse), batch
-        sizes = _check_weights(kind, x, weights, len(reverse))
-        if lengths is not None or reset is not None:
-            lengths, reset = _check_steps(x, batch_sizes, lengths, reset)
-        _check_states(kind, x, states, lead, sizes, "hidden")
-        _check_states(kind, x, reset_states, lead, sizes, "reset")
-    resets = None if reset is None else reset_states
-    each = (*_pair(states), *_pair(resets))
+    batch = _check_input(x, batch_sizes)
+    if lengths is not None or reset is not None:
+        lengths, reset = _check_steps(x, batch_sizes, lengths, reset)
+    each = (*_pair(states), *_pair(None if reset is None else reset_states))
     inputs = Inputs(x, batch_sizes, lengths, reset, each, weights)
+    problem, plain = _pose(cell, inputs, batch, states, reset_states, tuple(reverse), all_states)
+    y, h_n, c_n, c = scan(problem, inputs, recompute, plain=plain)
+    return y, (h_n,) if c_n is None else (h_n, c_n), c
+
+
+def _pose(
+    cell: str,
+    inputs: Inputs,
+    batch: int,
+    states: States | None,
+    reset_states: States | None,
+    reverse: tuple[bool, ...],
+    all_states: bool,
+) -> tuple[Problem, bool]:
+    """The problem that these inputs pose, once they have passed the checks, and whether they are
+    known to be plain tensors. The states are as they were given."""
+    x, batch_sizes, lengths, reset, _, weights = inputs
+    kind, first, second = CELLS[cell], states or (), reset_states or ()
+    read = signature((x, batch_sizes, lengths, reset, *first, *second, *weights))
+    key = (kind, reverse, all_states, batch, len(first), len(weights), read)
+    posed = None if read is None else _checked.get(key)
     if posed is None:
+        sizes = _check_weights(kind, x, weights, len(reverse))
+        _check_states(kind, x, states, (len(reverse), batch), sizes, "hidden")
+        _check_states(kind, x, reset_states, (len(reverse), batch), sizes, "reset")
         problem = describe(cell, inputs, reverse, batch, all_states, False)
         posed = problem, problem._replace(grad=True)
-        if key is not None:
+        if read is not None:
             _remember(key, posed)
-    problem = posed[wants_gradients(inputs)]
-    y, h_n, c_n, c = scan(problem, inputs, recompute, plain=key is not None)
-    return y, (h_n,) if c_n is None else (h_n, c_n), c
+    return posed[wants_gradients(inputs)], read is not None
 
 
 def _remember(key: tuple[object, ...], posed: tuple[Problem, Problem]) -> None:
@@ -190,7 +200,7 @@ def _remember(key: tuple[object, ...], posed: tuple[Problem, Problem]) -> None:
 
 def _pair(states: States | None) -> tuple[Tensor | None, Tensor | None]:
     """h and c."""
-    if states is None:
+    if not states:
         return None, None
     return states[0], states[1] if len(states) > 1 else None
 

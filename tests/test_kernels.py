@@ -46,6 +46,8 @@ CASES = [
     Case(1025, 2, 3, 5),
     Case(40, 33, 130, 270),
     Case(5, 50, 20, 250),
+    Case(18, 12, 40, 256),
+    Case(9, 23, 260, 257, hx=False),
     Case(3, 300, 600, 70, reverse=BOTH),
     Case(9, 50, 200, 150, P=130, lengths=(9,) * 30 + (4,) * 20, reverse=BOTH),
     Case(90, 24, 40, 100, lengths=(90,) * 3 + tuple(range(63, 0, -3)), reverse=BOTH),

@@ -178,10 +178,11 @@ constexpr TileConfigs tile_configs() {
   TileConfigs configs;
   for (int rows = 1; rows <= kTiledRows; ++rows) {
     uint8_t* const of_tile = configs.of[rows].rows;
-    const auto low = static_cast<uint8_t>(rows <= 16 ? rows : rows - 16);
-    of_tile[2] = of_tile[3] = low;
-    (rows <= 16 ? of_tile[4] : of_tile[5]) = low;
-    if (rows <= 16) of_tile[0] = of_tile[1] = low;
+    if (rows > 16) {  // the lower 16 of two tiles
+      of_tile[2] = of_tile[3] = of_tile[5] = static_cast<uint8_t>(rows - 16);
+      continue;
+    }
+    for (int tile = 0; tile < 5; ++tile) of_tile[tile] = static_cast<uint8_t>(rows);  // all but the weights'
   }
   return configs;
 }

@@ -1,8 +1,8 @@
 // Products of floats on the tile unit, which multiplies bf16 sixteen times as fast as vectors multiply floats. A float
 // is the sum of three bf16, and a product of two floats that of nine; the six largest leave out less than a float's
 // rounding (Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
-// Computations", 2019). Sums are of floats, the small terms first, so that only the large ones round as much as in a
-// product of floats. What is not finite comes out as NaN.
+// Computations", 2019). Sums are of floats, the small terms first or apart, so that only the large ones round as much
+// as in a product of floats. What is not finite comes out as NaN.
 #pragma once
 
 #include <type_traits>

@@ -12,7 +12,7 @@ struct Row {
   unsigned char bytes[64];
 };
 
-constexpr int kTileRows = 16;  // what gemm.h configures for every tile
+constexpr int kTileRows = 16;  // the most that gemm.h configures a tile for
 
 inline void read_rows(const void* base, ptrdiff_t stride) {
   for (int r = 0; r < kTileRows; ++r) {
