@@ -10,7 +10,7 @@ namespace {
 // Rows of the input GEMM done at once, for each share of the units: enough to use each panel many times, few enough to
 // leave the gates in L2; more where the weights of a step, which a core fetches in turn with the input's, do not fit.
 constexpr int64_t kChunkRows = 64, kSplitChunkRows = 32, kFarChunkRows = 128;
-constexpr double kFarBytes = 2e6;
+constexpr double kFarBytes = 2e6;  // packed
 // Fewer rows than this over all timesteps do not pay for packing the weights.
 constexpr int64_t kPackRows = 4;
 // The costs were fitted to the times of some hundred sizes, forward and backward, on two cores of an Emerald Rapids.
@@ -167,6 +167,12 @@ bool pays_to_split(int64_t rows, int64_t depth, int64_t vectors) {
   return cost(kByParts) < cost(kByValues);
 }
 
+// `weights` are the bytes of a thread's.
+int64_t chunk_rows(int64_t weights, bool split) {
+  if (static_cast<double>(weights) * (split ? kByParts : kByValues).bytes > kFarBytes) return kFarChunkRows;
+  return split ? kSplitChunkRows : kChunkRows;
+}
+
 int proj_vectors(const KernelTable& table, Dtype dtype, int threads, const LayerArgs& args) {
   return panel_vectors(kMaxVectors, ceil_div(args.out(), table.lanes[static_cast<int>(dtype)]), threads, args.seq.B);
 }
@@ -194,19 +200,14 @@ Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, i
   Plan plan = best.plan;
   const int64_t rows = ceil_div(args.seq.B, plan.row_parts);
   plan.proj_vectors = proj_vectors(table, dtype, threads, args);
-  const double weights = static_cast<double>(vectors * cell.gates * (args.out() + args.I)) *
-                         table.lanes[static_cast<int>(dtype)] * static_cast<double>(element_size(dtype));
-  const bool far = weights / plan.unit_parts * (split_state ? kByParts : kByValues).bytes > kFarBytes;
-  plan.chunk = std::max<int64_t>(1, (far           ? kFarChunkRows
-                                     : split_state ? kSplitChunkRows
-                                                   : kChunkRows) *
-                                        plan.unit_parts / rows);
+  const int64_t weights = cell.gates * args.H * (args.out() + args.I) * element_size(dtype);
+  plan.chunk = std::max<int64_t>(1, chunk_rows(weights / plan.unit_parts, split_state) * plan.unit_parts / rows);
   plan.pack = args.seq.N >= kPackRows;
   plan.split_state = split_state;
   // Products of values have no panels so wide.
   const bool wide = plan.panel_vectors * cell.gates > kMaxVectors;
-  const int64_t chunk_rows = rows * std::min(plan.chunk, args.seq.T);
-  plan.split_input = splits && (wide || pays_to_split(chunk_rows, args.I, cell.gates * vectors));
+  const int64_t at_once = rows * std::min(plan.chunk, args.seq.T);
+  plan.split_input = splits && (wide || pays_to_split(at_once, args.I, cell.gates * vectors));
   return plan;
 }
 
