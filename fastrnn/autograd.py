@@ -108,11 +108,8 @@ def run_backward(
 ) -> list[Tensor]:
     """A backend's backward pass, through the operator if anyone watches."""
     if _unwatched() and all_plain((*_tensors(inputs), *grads, y)):
-        kernels = by_name(backend)
-        if not torch._C._is_any_autocast_enabled():
-            return kernels.backward(problem, inputs, y, saved, grads, needs, samples)
         with torch._C._DisableAutocast():
-            return kernels.backward(problem, inputs, y, saved, grads, needs, samples)
+            return by_name(backend).backward(problem, inputs, y, saved, grads, needs, samples)
     found: list[Tensor] = torch.ops.fastrnn.backward.default(
         problem.cell.name, backend, *inputs, problem.reverse, problem.B, y, saved, grads, needs,
         samples,

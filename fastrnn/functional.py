@@ -6,6 +6,7 @@ Everything is checked here before a kernel sees it. Nothing here knows a cell or
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -177,9 +178,10 @@ def _pose(
     """The problem that these inputs pose, once they have passed the checks, and whether they are
     known to be plain tensors. The states are as they were given."""
     x, batch_sizes, lengths, reset, _, weights = inputs
-    kind, first, second = CELLS[cell], states or (), reset_states or ()
-    read = signature((x, batch_sizes, lengths, reset, *first, *second, *weights))
-    key = (kind, reverse, all_states, batch, len(first), len(weights), read)
+    kind, given = CELLS[cell], (states, reset_states)
+    read = signature((x, batch_sizes, lengths, reset, *chain(*filter(None, given)), *weights))
+    counts = tuple(None if s is None else len(s) for s in given)
+    key = (kind, reverse, all_states, batch, counts, len(weights), read)
     posed = None if read is None else _checked.get(key)
     if posed is None:
         sizes = _check_weights(kind, x, weights, len(reverse))

@@ -253,9 +253,8 @@ def test_call_with_a_clearer_error(
 def test_weights(cell: str, backend: str, position: int, change: Any, text: str) -> None:
     rows = CELLS[cell].gates * H
     weights: list[Any] = [x_of(rows, I), x_of(rows, H), x_of(rows), x_of(rows)]
-    functional.layer(
-        cell, x_of(T, B, I), None, weights
-    )  # which is remembered, and lets no other by
+    # Remembered, it lets no other by.
+    functional.layer(cell, x_of(T, B, I), None, weights)
     weights[position] = change(weights[position])
     with fastrnn.backend(backend), pytest.raises(RuntimeError, match=text):
         functional.layer(cell, x_of(T, B, I), None, weights)
@@ -271,7 +270,8 @@ def test_number_of_weights(count: int) -> None:
 def test_number_of_states(cell: str) -> None:
     rows, n = CELLS[cell].gates * H, CELLS[cell].states
     weights = [x_of(rows, I), x_of(rows, H), None, None]
-    functional.layer(cell, x_of(T, B, I), (x_of(1, B, H),) * n, weights)
+    for states in (None, (x_of(1, B, H),) * n):
+        functional.layer(cell, x_of(T, B, I), states, weights)
     for count in {0, 1, 2, 3} - {n}:
         with pytest.raises(RuntimeError, match=f"expects {n} hidden states, got {count}"):
             functional.layer(cell, x_of(T, B, I), (x_of(1, B, H),) * count, weights)

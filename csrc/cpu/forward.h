@@ -234,19 +234,19 @@ class ForwardScan {
 
   // My rows of steps [s0, s1), gathered side by side unless they lie so, then multiplied panel by panel.
   void input_gates(int64_t s0, int64_t s1) {
-    const bool lie_so = x_is_gathered(s0, s1);
+    const bool gathered = x_is_gathered(s0, s1);
     int64_t rows = 0;
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t t = group_.step_to_time(s, seq_.T);
       const int64_t count = share_.count(seq_.active(t));
       for (int64_t j = 0; j < count; ++j) {
-        if (!lie_so) copy_x(rows + j, args_.template x_row<T>(g_, t, share_.row(j)));
+        if (!gathered) copy_x(rows + j, args_.template x_row<T>(g_, t, share_.row(j)));
         gates_rows_[rows + j] = gates_row(t, rows, count, j);
       }
       rows += count;
     }
-    const T* const x = lie_so ? args_.template x_row<T>(g_, group_.step_to_time(s0, seq_.T), 0) : x_rows_;
-    for_each_block(buffers_.ih, Sweep(panels_, 0), x, lie_so ? args_.x_stride_b : layout_.Ik, rows,
+    const T* const x = gathered ? args_.template x_row<T>(g_, group_.step_to_time(s0, seq_.T), 0) : x_rows_;
+    for_each_block(buffers_.ih, Sweep(panels_, 0), x, gathered ? args_.x_stride_b : layout_.Ik, rows,
                    [&](int64_t j, int n, int64_t p) { store_input_gates(gates_rows_ + j, n, p); });
   }
 

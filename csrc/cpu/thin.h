@@ -1,7 +1,7 @@
 // Products of so few rows that packing anything does not pay: they are sums of rows, read as they lie.
 #pragma once
 
-#include "vec.h"
+#include "pack.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
