@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .backends import (
     choose,
     refusal,
 )
-from .plain import all_plain
+from .plain import all_plain, is_watched
 
 
 class Scan(torch.autograd.Function):
@@ -88,7 +88,7 @@ def run_forward(
 ) -> Outputs:
     """A backend's forward pass, through the operator if anyone watches; `plain` where the inputs
     are known to be."""
-    if _unwatched() and (plain or all_plain(_tensors(inputs))):
+    if plain or (not is_watched() and all_plain(_tensors(inputs))):
         return by_name(backend).forward(problem, inputs, save)
     tensors = torch.ops.fastrnn.forward.default(
         problem.cell.name, backend, *inputs, problem.reverse, problem.B, save, problem.all_states
@@ -107,7 +107,7 @@ def run_backward(
     samples: int = 1,
 ) -> list[Tensor]:
     """A backend's backward pass, through the operator if anyone watches."""
-    if _unwatched() and all_plain((*_tensors(inputs), *grads, y)):
+    if not is_watched() and all_plain((*_tensors(inputs), *grads, y)):
         with torch._C._DisableAutocast():
             return by_name(backend).backward(problem, inputs, y, saved, grads, needs, samples)
     found: list[Tensor] = torch.ops.fastrnn.backward.default(
@@ -143,20 +143,28 @@ def _plain_backward(
     return plain.backward(problem, inputs, inputs.x, [], grads, needs, 1)
 
 
-def scan(
-    problem: Problem, inputs: Inputs, recompute: int = 0, *, plain: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Run one layer on the backend chosen for it: y, h_n, c_n and c.
+class Route(NamedTuple):
+    """A layer call and who runs it."""
 
-    The inputs are those of :class:`fastrnn.backends.Backend`, already checked; `plain` where they
-    are known to be plain tensors.
-    """
-    backend = choose(problem)
-    if recompute and problem.grad and recompute < problem.T:
-        backend = _recomputing(backend, recompute, problem)
+    problem: Problem
+    backend: Backend
+    plain: bool  # its inputs are known to be plain tensors, which nobody watches
+
+    @classmethod
+    def find(cls, problem: Problem, recompute: int, plain: bool) -> Route:
+        """By way of the backend that is chosen for the problem."""
+        backend = choose(problem)
+        if recompute and problem.grad and recompute < problem.T:
+            backend = _recomputing(backend, recompute, problem)
+        return cls(problem, backend, plain)
+
+
+def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Run one layer, whose inputs have been checked: y, h_n, c_n and c."""
+    problem, backend, plain = route
     if backend.differentiable:
         return backend.forward(problem, inputs, False)[:4]
-    if torch._C._are_functorch_transforms_active():
+    if not plain and torch._C._are_functorch_transforms_active():
         from . import levels  # which needs this module
 
         return levels.scan(backend.name, problem, inputs)
@@ -166,7 +174,7 @@ def scan(
 def run(
     backend: str, problem: Problem, inputs: Inputs
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Run what :func:`scan` has chosen, of inputs that no transform wraps any more."""
+    """Run what :func:`scan` was given, of inputs that no transform wraps any more."""
     return _run(backend, problem._replace(grad=wants_gradients(inputs)), inputs, False)
 
 
@@ -200,15 +208,6 @@ def _recomputing(backend: Backend, every: int, problem: Problem) -> Backend:
     return backend if refusal(recompute, problem) else recompute
 
 
-def _unwatched() -> bool:
-    """Whether nobody watches the dispatcher: a kernel may read memory then."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-    )
-
-
 def _tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
     x, batch_sizes, lengths, reset, states, weights = inputs
     return x, *weights, *states, batch_sizes, lengths, reset
@@ -235,7 +234,7 @@ def _operator(
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     inputs = Inputs(x, batch_sizes, lengths, reset, states, weights)
     if not grad:
-        if _unwatched() and all_plain(tensors):
+        if not is_watched() and all_plain(tensors):
             # As compiled code calls it: the dispatcher need not come again.
             return ops.forward(cell, backend, *inputs, reverse, batch, save, all_states)
         with torch._C._AutoDispatchBelowAutograd():

@@ -6,21 +6,20 @@ Everything is checked here before a kernel sees it. Nothing here knows a cell or
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
-from .autograd import scan, wants_gradients
-from .backends import Inputs, Problem, Weights, check_batch_sizes, check_lengths
+from .autograd import Route, scan, wants_gradients
+from .backends import Inputs, Weights, asked, check_batch_sizes, check_lengths
 from .cells import CELLS, Cell, States
 from .ops import describe
 from .plain import signature
 
-# Of calls that have passed the checks, the problems that they pose, without gradients and with.
-# What has the same dtypes, devices and shapes passes too: checking takes longer than a small layer.
-_checked: dict[tuple[object, ...], tuple[Problem, Problem]] = {}
+# The routes of calls that have passed the checks. What has the same dtypes, devices and shapes
+# passes too, and goes the same way: finding that out takes longer than a small layer.
+_checked: dict[tuple[object, ...], Route] = {}
 _MOST_CHECKED = 4096
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -156,48 +155,57 @@ def layer(
                 reset=reset, reset_states=reset_states, all_states=all_states,
                 recompute=recompute,
             )  # fmt: skip
-    batch = _check_input(x, batch_sizes)
-    if lengths is not None or reset is not None:
+    batch = None
+    if batch_sizes is not None or lengths is not None or reset is not None:
+        batch = _check_input(x, batch_sizes)
         lengths, reset = _check_steps(x, batch_sizes, lengths, reset)
     each = (*_pair(states), *_pair(None if reset is None else reset_states))
     inputs = Inputs(x, batch_sizes, lengths, reset, each, weights)
-    problem, plain = _pose(cell, inputs, batch, states, reset_states, tuple(reverse), all_states)
-    y, h_n, c_n, c = scan(problem, inputs, recompute, plain=plain)
+    given = states, reset_states
+    y, h_n, c_n, c = scan(
+        _route(cell, inputs, batch, given, tuple(reverse), all_states, recompute), inputs
+    )
     return y, (h_n,) if c_n is None else (h_n, c_n), c
 
 
-def _pose(
+def _route(
     cell: str,
     inputs: Inputs,
-    batch: int,
-    states: States | None,
-    reset_states: States | None,
+    batch: int | None,
+    given: tuple[States | None, States | None],
     reverse: tuple[bool, ...],
     all_states: bool,
-) -> tuple[Problem, bool]:
-    """The problem that these inputs pose, once they have passed the checks, and whether they are
-    known to be plain tensors. The states are as they were given."""
+    recompute: int,
+) -> Route:
+    """The way that these inputs go, once they have passed the checks. `batch` is the batch size
+    where what depends on values had to be checked before; the states are as they were given."""
     x, batch_sizes, lengths, reset, _, weights = inputs
-    kind, given = CELLS[cell], (states, reset_states)
-    read = signature((x, batch_sizes, lengths, reset, *chain(*filter(None, given)), *weights))
+    kind, (states, reset_states) = CELLS[cell], given
+    read = signature(
+        (x, batch_sizes, lengths, reset, *(states or ()), *(reset_states or ()), *weights)
+    )
     counts = tuple(None if s is None else len(s) for s in given)
-    key = (kind, reverse, all_states, batch, counts, len(weights), read)
-    posed = None if read is None else _checked.get(key)
-    if posed is None:
-        sizes = _check_weights(kind, x, weights, len(reverse))
-        _check_states(kind, x, states, (len(reverse), batch), sizes, "hidden")
-        _check_states(kind, x, reset_states, (len(reverse), batch), sizes, "reset")
-        problem = describe(cell, inputs, reverse, batch, all_states, False)
-        posed = problem, problem._replace(grad=True)
-        if read is not None:
-            _remember(key, posed)
-    return posed[wants_gradients(inputs)], read is not None
+    grad = wants_gradients(inputs)
+    key = kind, reverse, all_states, recompute, grad, asked(), batch, counts, len(weights), read
+    route = None if read is None else _checked.get(key)
+    if route is not None:
+        return route
+    if batch is None:
+        batch = _check_input(x, batch_sizes)
+    sizes = _check_weights(kind, x, weights, len(reverse))
+    _check_states(kind, x, states, (len(reverse), batch), sizes, "hidden")
+    _check_states(kind, x, reset_states, (len(reverse), batch), sizes, "reset")
+    problem = describe(cell, inputs, reverse, batch, all_states, grad)
+    route = Route.find(problem, recompute, read is not None)
+    if read is not None:
+        _remember(key, route)
+    return route
 
 
-def _remember(key: tuple[object, ...], posed: tuple[Problem, Problem]) -> None:
+def _remember(key: tuple[object, ...], route: Route) -> None:
     if len(_checked) >= _MOST_CHECKED:
         _checked.clear()
-    _checked[key] = posed
+    _checked[key] = route
 
 
 def _pair(states: States | None) -> tuple[Tensor | None, Tensor | None]:
@@ -267,7 +275,9 @@ def _check_steps(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`lengths` and `reset` as backends take them."""
     if batch_sizes is not None:
-        raise RuntimeError("a packed sequence takes neither lengths nor reset")
+        if lengths is not None or reset is not None:
+            raise RuntimeError("a packed sequence takes neither lengths nor reset")
+        return None, None
     T, B = x.shape[:2]
     if lengths is not None:
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     from . import _C
@@ -16,12 +17,27 @@ _CLASSES = (Tensor, torch.nn.Parameter)
 def signature(tensors: tuple[Tensor | None, ...]) -> bytes | None:
     """The dtypes, devices and shapes of dense tensors: equal where all of these are.
 
-    None unless all are plain, while torch compiles or traces, for it wants to see how they are
-    used, and without the extension or a torch that lets it look into tensors (2.10).
+    None unless all are plain, where anybody wants to see how they are used, and without the
+    extension or a torch that lets it look into tensors (2.10).
     """
-    if _C is None or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if (
+        _C is None
+        or is_watched()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
         return None
     return _C.signature(tensors)
+
+
+def is_watched() -> bool:
+    """Whether torch compiles, or anybody watches the dispatcher: no kernel may read memory then."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    )
 
 
 def all_plain(tensors: tuple[Tensor | None, ...]) -> bool:

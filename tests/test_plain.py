@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
 from fastrnn import functional
@@ -88,12 +92,45 @@ def test_wrappers_of_transforms_have_no_signature() -> None:
     assert found == [None, None]
 
 
+WATCHES: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "function mode": BaseTorchFunctionMode,
+    "dispatch mode": lambda: FlopCounterMode(display=False),
+    "forward mode": forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("name", WATCHES)
+def test_no_signature_while_watched(name: str) -> None:
+    with WATCHES[name]():
+        assert signature((torch.zeros(2),)) is None
+
+
+def test_no_signature_inside_transforms() -> None:
+    """Not even of tensors that they have not wrapped."""
+    found = []
+
+    def look(x: Tensor) -> Tensor:
+        found.append(signature((torch.zeros(2),)))
+        return x
+
+    torch.vmap(look)(torch.zeros(2, 3))
+    assert found == [None]
+
+
 def test_negated_input(table: bool) -> None:
     layer = fastrnn.GRU(3, 4)
     z = torch.randn(5, 2, 3, dtype=torch.complex64)
     expected, _ = layer(-z.imag.clone())
     found, _ = layer(z.conj().imag)
     assert torch.equal(found, expected)
+
+
+def test_what_is_remembered_is_the_backend_that_was_asked_for() -> None:
+    layer, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+    for name in ("cpu", "reference", "cpu", None):
+        with fastrnn.backend(name):
+            y, _ = layer(x)
+        assert ("Scan" in type(y.grad_fn).__name__) == (name != "reference")
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "Recompute",
     "SavedShape",
     "Weights",
+    "asked",
     "backend",
     "by_name",
     "check_batch_sizes",
@@ -89,12 +90,13 @@ def backend(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
-def _asked() -> str | None:
+def asked() -> str | None:
+    """The name of the backend that alone may serve, if one was asked for."""
     return _forced.get()
 
 
 # As torch.compiler.assume_constant_result does, but without importing Dynamo, which takes a second.
-_asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refusal(candidate: Backend, problem: Problem) -> str | None:
@@ -109,7 +111,7 @@ def refusal(candidate: Backend, problem: Problem) -> str | None:
         if torch._C._get_tracing_state() is not None:
             return "torch.jit.trace is recording, and cannot record the kernels"
     reason = candidate.supports(problem)
-    if reason is None and _asked() != candidate.name:
+    if reason is None and asked() != candidate.name:
         return candidate.on_request
     return reason
 
@@ -129,7 +131,7 @@ def _transforms_refusal() -> str | None:
 
 def choose(problem: Problem) -> Backend:
     """The backend asked for by name, or else the first that serves the problem."""
-    name = _asked()
+    name = asked()
     if name is not None:
         chosen = by_name(name)
         reason = refusal(chosen, problem)

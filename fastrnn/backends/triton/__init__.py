@@ -73,9 +73,9 @@ class _Triton:
 
 
 def _is_interpreter_asked_for() -> bool:
-    from .. import _asked
+    from .. import asked
 
-    return os.environ.get("TRITON_INTERPRET") == "1" and _asked() == "triton"
+    return os.environ.get("TRITON_INTERPRET") == "1" and asked() == "triton"
 
 
 def _cells() -> tuple[str, ...] | str:
@@ -87,7 +87,7 @@ def _cells() -> tuple[str, ...] | str:
     return tuple(TWINS)
 
 
-# Dynamo takes both for constants (see fastrnn.backends._asked).
+# Dynamo takes both for constants (see fastrnn.backends.asked).
 _is_interpreter_asked_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _cells._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
