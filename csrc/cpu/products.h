@@ -15,8 +15,8 @@ namespace FASTRNN_ISA {
 
 // From this many rows on, which a product sums up, floats are split into parts for the tile unit.
 inline constexpr int64_t kSplitRows = 24;
-// Rows of a task where kTaskRows would make too few of them to share out.
-inline constexpr int64_t kSmallTaskRows = kTiles ? 32 : 48;
+// A task's rows are a multiple of this, which those of a projection are few of.
+inline constexpr int64_t kTaskUnit = kTiles ? 32 : 48;
 
 template <class T>
 struct ProductsLayout {
@@ -207,14 +207,19 @@ class Products {
     return {args_.gradients[g].dw_hr, nullptr, &buffers.whole_h, buffers.whole_h_rows};
   }
 
+  // Of a product that has so many: tasks are as large as they may be, and can be dealt out evenly.
+  int64_t task_rows(int64_t rows) const {
+    return round_up(ceil_div(rows, round_up(ceil_div(rows, kTaskRows), share_.threads)), kTaskUnit);
+  }
+
   // The long tasks first, so that the short ones even out the end.
   void run_tasks(int part) {
     const Range groups = share_.groups_of(part);
     const int64_t M = gates_ * Hp_, kinds = shared_ ? 1 : 2, products = groups.size() * args_.samples.number;
-    const int64_t rows = M >= kTaskRows * 4 * share_.threads ? kTaskRows : kSmallTaskRows, blocks = ceil_div(M, rows);
-    const int64_t proj_blocks = ceil_div(args_.P, kSmallTaskRows);
+    const int64_t rows = task_rows(M), blocks = ceil_div(M, rows), dx_rows = task_rows(seq_.N);
+    const int64_t proj_blocks = ceil_div(args_.P, kTaskUnit);
     const int64_t gate_tasks = products * kinds * blocks, weight_tasks = gate_tasks + products * proj_blocks;
-    const Range row_blocks = input_blocks(part, ceil_div(seq_.N, kTaskRows)), inputs = inputs_of(part);
+    const Range row_blocks = input_blocks(part, ceil_div(seq_.N, dx_rows)), inputs = inputs_of(part);
     const int64_t tasks = weight_tasks + (args_.dx ? inputs.size() * row_blocks.size() : 0);
     for (int64_t i = team_.next_task(part); i < tasks; i = team_.next_task(part)) {
       if (i < gate_tasks) {
@@ -223,13 +228,13 @@ class Products {
         gate_gradients(static_cast<int>(groups.begin + task.rest), sample, kind == 1, m0, rows);
       } else if (i < weight_tasks) {
         Digits task{i - gate_tasks};
-        const int64_t m0 = task.take(proj_blocks) * kSmallTaskRows, sample = task.take(args_.samples.number);
+        const int64_t m0 = task.take(proj_blocks) * kTaskUnit, sample = task.take(args_.samples.number);
         const int g = static_cast<int>(groups.begin + task.rest);
-        weight_gradients(projection_of(g), sample, m0, kSmallTaskRows, hr(g), Target{});
+        weight_gradients(projection_of(g), sample, m0, kTaskUnit, hr(g), Target{});
       } else {
         Digits task{i - weight_tasks};
-        const int64_t n0 = (row_blocks.begin + task.take(row_blocks.size())) * kTaskRows, left = seq_.N - n0;
-        input_gradient(static_cast<int>(inputs.begin + task.rest), n0, left < kTaskRows ? left : kTaskRows);
+        const int64_t n0 = (row_blocks.begin + task.take(row_blocks.size())) * dx_rows, left = seq_.N - n0;
+        input_gradient(static_cast<int>(inputs.begin + task.rest), n0, left < dx_rows ? left : dx_rows);
       }
     }
   }

@@ -9,8 +9,9 @@ namespace FASTRNN_ISA {
 
 // Rows that one part of the inner dimension spans.
 inline constexpr int64_t kSpan = 256;
-// Most outputs of a task: a multiple of each kernel's height.
-inline constexpr int64_t kTaskRows = 96;
+// Most outputs of a task. The more, the less often all right-hand sides are fetched, which by parts are 1.5 times as
+// large and take longer than what is multiplied by them.
+inline constexpr int64_t kTaskRows = kTiles ? 256 : 96;
 
 // Rows [first, first + rows) of an order, which are padded to `depth` rows and packed from row `at` on.
 struct Span {
@@ -175,7 +176,7 @@ void pack_transposed(T* out, Acc<T>* sums, const T* in, int64_t in_ld, const Row
     const T* lines[step];
     for (int i = 0; i < step; ++i) lines[i] = n + i < span.rows ? row(n + i) : nullptr;
     for (int64_t m = 0; m < columns; m += lanes) {
-      AccVec<T> sum = load(span_sums + m);
+      AccVec<T> sum = {};
       Vec<L> block[lanes];
 #pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) {
@@ -186,7 +187,7 @@ void pack_transposed(T* out, Acc<T>* sums, const T* in, int64_t in_ld, const Row
         if (first) sum += load(first);
         if (second) sum += load(second);
       }
-      store(span_sums + m, sum);
+      store(span_sums + m, load(span_sums + m) + sum);
       transpose<L, lanes / 2>(block);
       for (int i = 0; i < lanes; ++i) {
         T* const to = out + (m + i) * ld + n;
