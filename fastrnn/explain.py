@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .backends import BACKENDS, Inputs, Problem, choose, refusal
-from .modules import _Layers, _Step
+from .modules import Layers, Step
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def explain(
     Raises:
         TypeError: `layer` is not a fastrnn layer or cell.
     """
-    if isinstance(layer, _Layers):
+    if isinstance(layer, Layers):
         x, batch_sizes = _time_first(layer, input)
         weights = layer._weights()
         reverse = [False, True] if layer.bidirectional else [False]
-    elif isinstance(layer, _Step):
+    elif isinstance(layer, Step):
         assert isinstance(input, Tensor)
         x, batch_sizes = input.reshape(1, -1, input.shape[-1]), None
         weights = [[layer.weight_ih, layer.weight_hh, layer.bias_ih, layer.bias_hh]]
@@ -106,7 +106,7 @@ def explain(
     return Explanations(found)
 
 
-def _time_first(layer: _Layers, input: Tensor | PackedSequence) -> tuple[Tensor, Tensor | None]:
+def _time_first(layer: Layers, input: Tensor | PackedSequence) -> tuple[Tensor, Tensor | None]:
     if isinstance(input, PackedSequence):
         return input.data, input.batch_sizes
     if input.dim() == 2:

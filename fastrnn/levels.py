@@ -93,7 +93,7 @@ def _members_on(backend: str, level: CInterpreter, problem: Problem, dims: Dims)
     return None if serves.supports(members.problem) else members
 
 
-def _innermost() -> CInterpreter | None:
+def _innermost() -> CInterpreter | None:  # torch does not tell that there may be none
     return peek_interpreter_stack()
 
 

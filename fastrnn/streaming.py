@@ -11,7 +11,7 @@ from torch import Tensor
 from . import functional, ops
 from .backends import Inputs, Outputs, Prepares, choose
 from .cells import CELLS, States
-from .modules import _Layers
+from .modules import Layers
 
 
 def stream(layer: torch.nn.Module, batch_size: int | None = None, hx: Any = None) -> Stream:
@@ -32,7 +32,7 @@ def stream(layer: torch.nn.Module, batch_size: int | None = None, hx: Any = None
         TypeError: `layer` is not a fastrnn layer.
         ValueError: `layer` is bidirectional, or a size does not fit.
     """
-    if not isinstance(layer, _Layers):
+    if not isinstance(layer, Layers):
         raise TypeError(f"a stream is made of a fastrnn layer, not of {type(layer).__name__}")
     if layer.bidirectional:
         raise ValueError("a bidirectional layer needs the future, which a stream has not")
@@ -52,7 +52,7 @@ class Stream:
     parametrizations) the next step notices. Layers whose weights are computed go the ordinary way.
     """
 
-    def __init__(self, layer: _Layers, batch_size: int | None, hx: Any) -> None:
+    def __init__(self, layer: Layers, batch_size: int | None, hx: Any) -> None:
         self._layer, self._batch = layer, batch_size
         widths = (layer.proj_size or layer.hidden_size, layer.hidden_size)
         shapes = [(layer.num_layers, batch_size or 1, width) for width in widths]

@@ -1,0 +1,16 @@
+"""What torch.nn has under these names, run by fastrnn."""
+
+from .layers import GRU, LSTM, OWN_OPTIONS, RNN, Layers
+from .steps import GRUCell, LSTMCell, RNNCell, Step
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "OWN_OPTIONS",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "Layers",
+    "RNNCell",
+    "Step",
+]
