@@ -100,9 +100,9 @@ struct ForwardLayout {
 
   // Values in a part of the rows of any product: whole tiles of them.
   int64_t split_size(const ForwardArgs& args, const Plan& plan, int64_t step_rows) const {
-    const int64_t input = plan.split_input ? round_up(chunk_rows, 16) * round_up(args.I, kTileDepth) : 0;
+    const int64_t input = plan.split_input ? round_up(chunk_rows, kTileRows) * round_up(args.I, kTileDepth) : 0;
     const int64_t deeper = args.H > args.out() ? args.H : args.out();
-    const int64_t state = plan.split_state ? round_up(step_rows, 16) * round_up(deeper, kTileDepth) : 0;
+    const int64_t state = plan.split_state ? round_up(step_rows, kTileRows) * round_up(deeper, kTileDepth) : 0;
     return input > state ? input : state;
   }
 

@@ -293,7 +293,7 @@ inline constexpr int kVectorRows = 1;
 template <class T>
 class RowBlocks {
  public:
-  explicit RowBlocks(int64_t rows, int nv, bool split = false)
+  RowBlocks(int64_t rows, int nv, bool split = false)
       : rows_(rows), tiles_(split || (kTiles && kPair<T> == 2)), count_(ceil_div(rows, tiles_ ? 32 : max_rows(nv))) {}
   int64_t count() const { return count_; }
   int64_t begin(int64_t i) const {

@@ -55,7 +55,8 @@ int64_t worked_rows(const Product& product, int64_t rows) {
 double product_cost(const Product& product, int64_t rows, int64_t depth, double vectors, double vector_bytes,
                     double rows_to_fetch) {
   const double steps = static_cast<double>(round_up(depth, product.depth_pad) + product.overhead);
-  const double far = std::max(0.0, 1 - product.near_bytes / (vectors * vector_bytes * product.bytes));
+  const double bytes = vectors * vector_bytes * product.bytes;
+  const double far = bytes > product.near_bytes ? 1 - product.near_bytes / bytes : 0;
   const double fetch = rows_to_fetch * (product.near + far * (product.far - product.near));
   const double work =
       std::max(product.row * static_cast<double>(worked_rows(product, rows)), fetch) + fetch * kUnhidden;

@@ -15,8 +15,8 @@ namespace FASTRNN_ISA {
 template <class T>
 inline constexpr bool kSplits = kTiles && std::is_same_v<T, float>;
 inline constexpr int kParts = 3;
-// Steps of depth of a tile, to which that of a product is padded.
-inline constexpr int64_t kTileDepth = 32;
+// Rows of a tile, and steps of its depth, to which that of a product is padded.
+inline constexpr int64_t kTileRows = 16, kTileDepth = 32;
 
 // The parts one after the other; from the first to the last each is 2^-8 times as large, or less.
 template <class P>
@@ -46,7 +46,7 @@ FASTRNN_INLINE Parts parts_of(Vec<float> x) {
 // Both sides of a product lie in memory tile after tile: of its 16 lines one follows the other, which is the fastest
 // order to load them in. So one vector of a panel, [depth / 2][lanes][2], is cut into tiles of 32 steps of depth, and
 // vectors take turns; and so are 16 rows.
-inline constexpr int64_t kTileSize = 16 * kTileDepth;
+inline constexpr int64_t kTileSize = kTileRows * kTileDepth;
 
 // Two steps of depth of one vector.
 FASTRNN_INLINE void store_pair(const Split<bf16>& out, Vec<float> first, Vec<float> second) {
@@ -78,7 +78,7 @@ void split_panel(const Split<bf16>& out, int64_t depth, int nv, int64_t columns,
 
 // Where row r stands at depth k among rows so deep.
 constexpr int64_t row_at(int64_t r, int64_t k, int64_t depth) {
-  return r / 16 * 16 * depth + k / kTileDepth * kTileSize + r % 16 * kTileDepth + k % kTileDepth;
+  return r / kTileRows * kTileRows * depth + k / kTileDepth * kTileSize + r % kTileRows * kTileDepth + k % kTileDepth;
 }
 
 // Rows of `depth` floats, which is padded to round_up(depth, kTileDepth). Whether all of them are finite.
@@ -110,7 +110,7 @@ struct SplitBlock {
 
   FASTRNN_INLINE void load_a(int part, int64_t k) const {
     _tile_loadd(4, a.of(part) + row_at(0, k, depth), kLineBytes);
-    _tile_loadd(5, a.of(part) + row_at(16, k, depth), kLineBytes);
+    _tile_loadd(5, a.of(part) + row_at(kTileRows, k, depth), kLineBytes);
   }
   FASTRNN_INLINE void load_b(int part, int64_t k, int v, bool pair) const {
     _tile_loadd(6, b.of(part) + pair_at(k, v, NV), kLineBytes);
