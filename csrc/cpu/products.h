@@ -207,19 +207,22 @@ class Products {
     return {args_.gradients[g].dw_hr, nullptr, &buffers.whole_h, buffers.whole_h_rows};
   }
 
-  // Of a product that has so many: tasks are as large as they may be, and can be dealt out evenly.
-  int64_t task_rows(int64_t rows) const {
-    return round_up(ceil_div(rows, round_up(ceil_div(rows, kTaskRows), share_.threads)), kTaskUnit);
+  // Of products that each have so many: tasks are as large as they may be, and can be dealt out evenly.
+  int64_t task_rows(int64_t rows, int64_t products) const {
+    const int64_t tasks = round_up(products * ceil_div(rows, kTaskRows), share_.threads);
+    return round_up(ceil_div(rows, ceil_div(tasks, products)), kTaskUnit);
   }
 
   // The long tasks first, so that the short ones even out the end.
   void run_tasks(int part) {
     const Range groups = share_.groups_of(part);
     const int64_t M = gates_ * Hp_, kinds = shared_ ? 1 : 2, products = groups.size() * args_.samples.number;
-    const int64_t rows = task_rows(M), blocks = ceil_div(M, rows), dx_rows = task_rows(seq_.N);
+    const int64_t rows = task_rows(M, products * kinds), blocks = ceil_div(M, rows);
     const int64_t proj_blocks = ceil_div(args_.P, kTaskUnit);
     const int64_t gate_tasks = products * kinds * blocks, weight_tasks = gate_tasks + products * proj_blocks;
-    const Range row_blocks = input_blocks(part, ceil_div(seq_.N, dx_rows)), inputs = inputs_of(part);
+    const Range inputs = inputs_of(part);
+    const int64_t dx_rows = task_rows(seq_.N, args_.inputs());
+    const Range row_blocks = input_blocks(part, ceil_div(seq_.N, dx_rows));
     const int64_t tasks = weight_tasks + (args_.dx ? inputs.size() * row_blocks.size() : 0);
     for (int64_t i = team_.next_task(part); i < tasks; i = team_.next_task(part)) {
       if (i < gate_tasks) {
