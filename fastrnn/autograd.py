@@ -66,8 +66,8 @@ class Scan(torch.autograd.Function):
         tensors, end = ctx.saved_tensors, 8 + ctx.weights
         x, batch_sizes, lengths, reset = tensors[:4]
         inputs = Inputs(x, batch_sizes, lengths, reset, tensors[4:8], tensors[8:end])
-        _, _, _, need_x, _, _, _, *need_rest = ctx.needs_input_grad
-        needs = [need_x, *need_rest]
+        needed = ctx.needs_input_grad
+        needs = [needed[3], *needed[7:]]
         y, *saved = tensors[end:]
         if torch.compiler.is_compiling():
             with torch.no_grad():
@@ -120,7 +120,7 @@ def run_backward(
 def _placed(grads: Iterable[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The needed gradients where Scan.forward has its arguments."""
     each = iter(grads)
-    dx, *others = (next(each) if needed else None for needed in needs)
+    dx, *others = [next(each) if needed else None for needed in needs]
     return None, None, None, dx, None, None, None, *others
 
 

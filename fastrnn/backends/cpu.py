@@ -128,7 +128,8 @@ class _Cpu:
         samples: int,
     ) -> list[Tensor]:
         if inputs.lengths is None and inputs.reset is None:
-            return _needed(_backward(problem, inputs, y, saved, grads, needs, samples), needs)
+            found = _backward(problem, inputs, y, saved, grads, needs, samples)
+            return [d for d in found if d is not None]
         ours, given, cuts = packed(problem, inputs)
         dy, d_every_c = (None if d is None else cuts.gather(d) for d in (grads.y, grads.c))
         dh_n, dc_n = (cuts.final_gradient(problem, d) for d in (grads.h_n, grads.c_n))
@@ -148,7 +149,8 @@ class _Cpu:
         if dx is not None:
             dx = cuts.scatter(dx, problem.T, problem.B)
         states = chain.from_iterable(zip(h_grads, c_grads, strict=True))
-        return _needed((dx, *states, *dweights), needs)
+        each = zip((dx, *states, *dweights), needs, strict=True)
+        return [d for d, needed in each if needed and d is not None]
 
     def prepare(self, problem: Problem, inputs: Inputs, outputs: Outputs) -> Callable[[], None]:
         y, h_n, c_n, _, _ = outputs
@@ -157,10 +159,6 @@ class _Cpu:
             cell, threads, inputs.x, inputs.h0, inputs.c0, inputs.weights, y, h_n, c_n
         )
         return lambda: _workspace.run(kernel)
-
-
-def _needed(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-    return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
 
 
 def _layer(problem: Problem, inputs: Inputs) -> tuple[object, ...]:
