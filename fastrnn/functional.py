@@ -189,7 +189,9 @@ def _route(
     key = kind, reverse, all_states, recompute, grad, asked(), batch, counts, len(weights), read
     route = None if read is None else _checked.get(key)
     if route is not None:
-        return route
+        # On a GPU backends look at more: torch's settings of precision, the state of the device.
+        on_cpu = route.problem.device.type == "cpu"
+        return route if on_cpu else Route.find(route.problem, recompute, True)
     if batch is None:
         batch = _check_input(x, batch_sizes)
     sizes = _check_weights(kind, x, weights, len(reverse))
