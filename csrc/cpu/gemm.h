@@ -18,6 +18,8 @@ inline constexpr bool kTiles = true;
 #else
 inline constexpr bool kTiles = false;
 #endif
+// Rows of a tile, and of a block of them, which is two tiles high.
+inline constexpr int kTileRows = 16, kBlockRows = 2 * kTileRows;
 // Vectors in a panel of parts.
 inline constexpr int kMostVectors = kTiles ? 6 : kMaxVectors;
 
@@ -39,7 +41,7 @@ inline constexpr int kAccumulators = 12;
 #endif
 
 constexpr int max_rows(int nv) { return nv == 1 ? kAccumulators / 2 : kAccumulators / nv; }
-inline constexpr int kMaxRows = kTiles ? 32 : 16;
+inline constexpr int kMaxRows = kTiles ? kBlockRows : 16;
 static_assert(max_rows(1) <= kMaxRows && max_rows(2) <= kMaxRows);
 
 // C of one block: kMaxRows rows of nv vectors.
@@ -168,18 +170,17 @@ struct TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Tiles that hold fewer rows take less time: [rows], for products of up to so many rows by parts, whose tiles are told
-// in split.h.
-inline constexpr int kTiledRows = 32;
+// Tiles that hold fewer rows take less time: [rows], for products by parts of up to a block's rows, whose tiles are
+// told in split.h.
 struct TileConfigs {
-  TileConfig of[kTiledRows + 1];
+  TileConfig of[kBlockRows + 1];
 };
 constexpr TileConfigs tile_configs() {
   TileConfigs configs;
-  for (int rows = 1; rows <= kTiledRows; ++rows) {
+  for (int rows = 1; rows <= kBlockRows; ++rows) {
     uint8_t* const of_tile = configs.of[rows].rows;
-    if (rows > 16) {  // the lower 16 of two tiles
-      of_tile[2] = of_tile[3] = of_tile[5] = static_cast<uint8_t>(rows - 16);
+    if (rows > kTileRows) {  // the lower of two tiles
+      of_tile[2] = of_tile[3] = of_tile[5] = static_cast<uint8_t>(rows - kTileRows);
       continue;
     }
     for (int tile = 0; tile < 5; ++tile) of_tile[tile] = static_cast<uint8_t>(rows);  // all but the weights'
@@ -261,9 +262,9 @@ class TileScope {
 #if defined(__AMX_BF16__)
   TileScope() { load(); }
   ~TileScope() { _tile_release(); }
-  // For products by parts of so many rows, or of more with kTiledRows, which fits all others too.
+  // For products by parts of so many rows, or of more with kBlockRows, which fits all others too.
   void fit(int64_t rows) {
-    const int wanted = static_cast<int>(rows < kTiledRows ? rows : kTiledRows);
+    const int wanted = static_cast<int>(rows < kBlockRows ? rows : kBlockRows);
     if (wanted == rows_) return;
     rows_ = wanted;
     load();
@@ -281,7 +282,7 @@ class TileScope {
 
   // Static: GCC believes that the intrinsic reads but eight bytes, and leaves out what fills the rest of a local one.
   static constexpr TileConfigs kConfigs = tile_configs();
-  int rows_ = kTiledRows;
+  int rows_ = kBlockRows;
 #endif
 };
 
@@ -294,10 +295,12 @@ template <class T>
 class RowBlocks {
  public:
   RowBlocks(int64_t rows, int nv, bool split = false)
-      : rows_(rows), tiles_(split || (kTiles && kPair<T> == 2)), count_(ceil_div(rows, tiles_ ? 32 : max_rows(nv))) {}
+      : rows_(rows),
+        tiles_(split || (kTiles && kPair<T> == 2)),
+        count_(ceil_div(rows, tiles_ ? kBlockRows : max_rows(nv))) {}
   int64_t count() const { return count_; }
   int64_t begin(int64_t i) const {
-    if (tiles_) return i * 32 < rows_ ? i * 32 : rows_;
+    if (tiles_) return i * kBlockRows < rows_ ? i * kBlockRows : rows_;
     return rows_ * i / count_;
   }
   int size(int64_t i) const { return static_cast<int>(begin(i + 1) - begin(i)); }

@@ -9,8 +9,8 @@ namespace FASTRNN_ISA {
 
 // Rows that one part of the inner dimension spans.
 inline constexpr int64_t kSpan = 256;
-// Most outputs of a task. The more, the less often all right-hand sides are fetched, which by parts are 1.5 times as
-// large and take longer than what is multiplied by them.
+// Most outputs of a task. The more, the less often the right-hand sides are fetched from beyond L2, which tiles wait
+// for longer than vectors do.
 inline constexpr int64_t kTaskRows = kTiles ? 256 : 96;
 
 // Rows [first, first + rows) of an order, which are padded to `depth` rows and packed from row `at` on.

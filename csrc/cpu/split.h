@@ -15,8 +15,8 @@ namespace FASTRNN_ISA {
 template <class T>
 inline constexpr bool kSplits = kTiles && std::is_same_v<T, float>;
 inline constexpr int kParts = 3;
-// Rows of a tile, and steps of its depth, to which that of a product is padded.
-inline constexpr int64_t kTileRows = 16, kTileDepth = 32;
+// Steps of depth of a tile, to which that of a product is padded.
+inline constexpr int64_t kTileDepth = 32;
 
 // The parts one after the other; from the first to the last each is 2^-8 times as large, or less.
 template <class P>
@@ -197,7 +197,7 @@ struct SplitTile {
   }
 
   static void store_sum(int64_t rows, float* c, int64_t stride) {
-    alignas(64) float small[16 * 16];
+    alignas(64) float small[kTileRows * 16];
     _tile_stored(0, c, stride * 4);
     _tile_stored(1, small, kLineBytes);
     for (int64_t r = 0; r < rows; ++r) store(c + r * stride, load(c + r * stride) + load(small + r * 16));
@@ -210,11 +210,11 @@ template <int NV>
 void multiply_split(const Split<bf16>& a, int64_t rows, const Split<bf16>& panel, int64_t depth, const float* init,
                     int64_t init_stride, float* c, int64_t c_stride, const void* ahead) {
   const Split<const bf16> b{panel.data, panel.part};
-  for (int64_t r = 0; r < rows; r += 32) {
+  for (int64_t r = 0; r < rows; r += kBlockRows) {
     const Split<const bf16> mine{a.data + r * depth, a.part};
     const float* const from = init + r * init_stride;
     float* const to = c + r * c_stride;
-    if (rows - r > 16) {
+    if (rows - r > kTileRows) {
       SplitBlock<NV>{mine, b, depth}.run(from, init_stride, to, c_stride, ahead);
     } else {
       SplitTile<NV>{mine, b, depth}.run(rows - r, from, init_stride, to, c_stride, ahead);
