@@ -334,20 +334,20 @@ class Products {
     const Range groups = share_.groups, inputs = inputs_of(share_.part);
     const Range column_blocks = input_blocks(share_.part, ceil_div(args_.I, kThinColumns));
     const int64_t products = groups.size() * args_.samples.number;
-    const int64_t blocks = ceil_div(args_.H, kTaskRows), proj_blocks = ceil_div(args_.P, kTaskRows);
+    const int64_t blocks = ceil_div(args_.H, kThinTaskRows), proj_blocks = ceil_div(args_.P, kThinTaskRows);
     for_my_tasks(args_.dx ? inputs.size() * column_blocks.size() : 0, [&](Digits task) {
       const int64_t column = (column_blocks.begin + task.take(column_blocks.size())) * kThinColumns;
       thin_input_gradient(static_cast<int>(inputs.begin + task.rest), column);
     });
     for_my_tasks(products * gates_ * blocks, [&](Digits task) {
-      const int64_t unit = task.take(blocks) * kTaskRows, gate = task.take(gates_);
+      const int64_t unit = task.take(blocks) * kThinTaskRows, gate = task.take(gates_);
       const int64_t sample = task.take(args_.samples.number);
       const int g = static_cast<int>(groups.begin + task.rest);
       thin_weight_gradients(left_of(g, false), sample, gate, unit, ih(g));
       thin_weight_gradients(left_of(g, true), sample, gate, unit, hh(g));
     });
     for_my_tasks(products * proj_blocks, [&](Digits task) {
-      const int64_t unit = task.take(proj_blocks) * kTaskRows, sample = task.take(args_.samples.number);
+      const int64_t unit = task.take(proj_blocks) * kThinTaskRows, sample = task.take(args_.samples.number);
       const int g = static_cast<int>(groups.begin + task.rest);
       thin_weight_gradients(projection_of(g), sample, 0, unit, hr(g));
     });
@@ -376,10 +376,10 @@ class Products {
     }
   }
 
-  // Up to kTaskRows rows of dW and db: each the sum over n of one element on the left times a row on the right.
+  // Up to kThinTaskRows rows of dW and db: each the sum over n of one element on the left times a row on the right.
   void thin_weight_gradients(const Left& left, int64_t sample, int64_t gate, int64_t unit, const Target& out) const {
     if (!out.wanted()) return;
-    const int64_t end = left.units - unit < kTaskRows ? left.units : unit + kTaskRows;
+    const int64_t end = left.units - unit < kThinTaskRows ? left.units : unit + kThinTaskRows;
     const int64_t rows = left.gates * left.units;
     const Range mine = order_.rows_of(sample);
     for (; unit < end; ++unit) {

@@ -8,6 +8,8 @@ namespace FASTRNN_ISA {
 
 // Batches of fewer rows, over all timesteps, are thin.
 inline constexpr int64_t kThinRows = 4;
+// Outputs of a task: few, for tasks are dealt out evenly.
+inline constexpr int64_t kThinTaskRows = 16;
 
 // Rows and what each is multiplied by.
 template <class T>
