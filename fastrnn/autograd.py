@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +34,7 @@ class Scan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        backend: str,
-        problem: Problem,
-        plain: bool,
+        route: Route,
         x: Tensor,
         batch_sizes: Tensor | None,
         lengths: Tensor | None,
@@ -48,9 +46,9 @@ class Scan(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         inputs = Inputs(x, batch_sizes, lengths, reset, (h0, c0, h_reset, c_reset), weights)
-        y, h_n, c_n, c, saved = run_forward(backend, problem, inputs, True, plain)
+        y, h_n, c_n, c, saved = route.forward(inputs, True)
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.problem, ctx.weights = backend, problem, len(weights)
+        ctx.route = route
         ctx.save_for_backward(
             x, batch_sizes, lengths, reset, h0, c0, h_reset, c_reset, *weights, y, *saved
         )
@@ -60,35 +58,25 @@ class Scan(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dc: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        grads = Grads(dy, dh_n, dc_n, dc)
+        needed = ctx.needs_input_grad
         if dy is None and dh_n is None and dc_n is None and dc is None:
-            return (None,) * len(ctx.needs_input_grad)
-        tensors, end = ctx.saved_tensors, 8 + ctx.weights
+            return (None,) * len(needed)
+        tensors, end = ctx.saved_tensors, len(needed) - 1
         x, batch_sizes, lengths, reset = tensors[:4]
         inputs = Inputs(x, batch_sizes, lengths, reset, tensors[4:8], tensors[8:end])
-        needed = ctx.needs_input_grad
-        needs = [needed[3], *needed[7:]]
         y, *saved = tensors[end:]
-        if torch.compiler.is_compiling():
-            with torch.no_grad():
-                found = run_backward(ctx.backend, ctx.problem, inputs, y, saved, grads, needs)
-        elif torch.is_grad_enabled() or any(map(_is_batched, grads)):
-            found = _plain_backward(ctx.problem, inputs, grads, needs)
-        else:
-            found = run_backward(ctx.backend, ctx.problem, inputs, y, saved, grads, needs)
-        return _placed(found, needs)
+        grads, needs = Grads(dy, dh_n, dc_n, dc), needed[1:2] + needed[5:]
+        dx, *others = ctx.route.backward(inputs, y, saved, grads, needs)
+        return None, dx, None, None, None, *others
 
 
 # Scan.apply without what torch does first for transforms, of which plain tensors know nothing.
 _apply_plain = super(torch.autograd.Function, Scan).apply
 
 
-def run_forward(
-    backend: str, problem: Problem, inputs: Inputs, save: bool, plain: bool = False
-) -> Outputs:
-    """A backend's forward pass, through the operator if anyone watches; `plain` where the inputs
-    are known to be."""
-    if plain or (not is_watched() and all_plain(_tensors(inputs))):
+def run_forward(backend: str, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
+    """A backend's forward pass, through the operator if anyone watches."""
+    if not is_watched() and all_plain(_tensors(inputs)):
         return by_name(backend).forward(problem, inputs, save)
     tensors = torch.ops.fastrnn.forward.default(
         problem.cell.name, backend, *inputs, problem.reverse, problem.B, save, problem.all_states
@@ -106,22 +94,16 @@ def run_backward(
     needs: Sequence[bool],
     samples: int = 1,
 ) -> list[Tensor]:
-    """A backend's backward pass, through the operator if anyone watches."""
+    """A backend's backward pass, through the operator if anyone watches: the needed gradients."""
     if not is_watched() and all_plain((*_tensors(inputs), *grads, y)):
         with torch._C._DisableAutocast():
-            return by_name(backend).backward(problem, inputs, y, saved, grads, needs, samples)
-    found: list[Tensor] = torch.ops.fastrnn.backward.default(
+            found = by_name(backend).backward(problem, inputs, y, saved, grads, needs, samples)
+        return [d for d in found if d is not None]
+    needed: list[Tensor] = torch.ops.fastrnn.backward.default(
         problem.cell.name, backend, *inputs, problem.reverse, problem.B, y, saved, grads, needs,
         samples,
     )  # fmt: skip
-    return found
-
-
-def _placed(grads: Iterable[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The needed gradients where Scan.forward has its arguments."""
-    each = iter(grads)
-    dx, *others = [next(each) if needed else None for needed in needs]
-    return None, None, None, dx, None, None, None, *others
+    return needed
 
 
 def _is_batched(grad: Tensor | None) -> bool:
@@ -133,7 +115,7 @@ def _is_batched(grad: Tensor | None) -> bool:
 
 def _plain_backward(
     problem: Problem, inputs: Inputs, grads: Grads, needs: Sequence[bool]
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """Gradients through the plain torch backend, which runs the layer again.
 
     They can be differentiated further, and many incoming gradients at once (``is_grads_batched``,
@@ -159,6 +141,39 @@ class Route(NamedTuple):
         return cls(problem, backend, plain)
 
 
+    def forward(self, inputs: Inputs, save: bool) -> Outputs:
+        """The backend's forward pass, through the operator if anyone watches."""
+        problem, backend, plain = self
+        if plain:
+            return backend.forward(problem, inputs, save)
+        return run_forward(backend.name, problem, inputs, save)
+
+    def backward(
+        self,
+        inputs: Inputs,
+        y: Tensor,
+        saved: list[Tensor],
+        grads: Grads,
+        needs: Sequence[bool],
+    ) -> Sequence[Tensor | None]:
+        """Its backward pass: see :class:`fastrnn.backends.Backend`."""
+        problem, backend, plain = self
+        if (
+            plain
+            and not torch.is_grad_enabled()
+            and not torch._C._is_any_autocast_enabled()
+            and not is_watched()
+            and all_plain(grads)
+        ):
+            return backend.backward(problem, inputs, y, saved, grads, needs, 1)
+        if not torch.compiler.is_compiling():
+            if torch.is_grad_enabled() or any(map(_is_batched, grads)):
+                return _plain_backward(problem, inputs, grads, needs)
+        with torch.no_grad():
+            found = iter(run_backward(backend.name, problem, inputs, y, saved, grads, needs))
+        return [next(found) if needed else None for needed in needs]
+
+
 def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer, whose inputs have been checked: y, h_n, c_n and c."""
     problem, backend, plain = route
@@ -168,27 +183,22 @@ def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, T
         from . import levels  # which needs this module
 
         return levels.scan(backend.name, problem, inputs)
-    return _run(backend.name, problem, inputs, plain)
+    if not problem.grad:
+        return route.forward(inputs, False)[:4]
+    x, batch_sizes, lengths, reset, states, weights = inputs
+    apply = _apply_plain if plain else Scan.apply
+    outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = apply(  # type: ignore[no-untyped-call]
+        route, x, batch_sizes, lengths, reset, *states, *weights
+    )
+    return outputs
 
 
 def run(
     backend: str, problem: Problem, inputs: Inputs
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run what :func:`scan` was given, of inputs that no transform wraps any more."""
-    return _run(backend, problem._replace(grad=wants_gradients(inputs)), inputs, False)
-
-
-def _run(
-    backend: str, problem: Problem, inputs: Inputs, plain: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    if not problem.grad:
-        return run_forward(backend, problem, inputs, False, plain)[:4]
-    x, batch_sizes, lengths, reset, states, weights = inputs
-    apply = _apply_plain if plain else Scan.apply
-    outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = apply(  # type: ignore[no-untyped-call]
-        backend, problem, plain, x, batch_sizes, lengths, reset, *states, *weights
-    )
-    return outputs
+    problem = problem._replace(grad=wants_gradients(inputs))
+    return scan(Route(problem, by_name(backend), False), inputs)
 
 
 def wants_gradients(inputs: Inputs) -> bool:
@@ -243,7 +253,8 @@ def _operator(
             )
         return found
     problem = ops.describe(cell, inputs, reverse, batch, all_states, grad)
-    y, h_n, c_n, c = Scan.apply(backend, problem, False, *tensors)  # type: ignore[no-untyped-call]
+    route = Route(problem, by_name(backend), False)
+    y, h_n, c_n, c = Scan.apply(route, *tensors)  # type: ignore[no-untyped-call]
     shapes = by_name(backend).saved_shapes(problem, 0) if save else []
     return ops.flat(Outputs(y, h_n, c_n, c, [x.new_empty(0) for _ in shapes]))
 

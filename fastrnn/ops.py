@@ -162,8 +162,10 @@ def backward(
     """What the operator does: the needed gradients, in the order x, *states, *weights."""
     inputs = Inputs(x, batch_sizes, lengths, reset, states, weights)
     problem = describe(cell, inputs, reverse, batch, False, True)
+    run = _kernels(backend).backward
     with torch._C._DisableAutocast():  # which forward() may not have been called under
-        return _kernels(backend).backward(problem, inputs, y, saved, Grads(*grads), needs, samples)
+        found = run(problem, inputs, y, saved, Grads(*grads), needs, samples)
+    return [d for d in found if d is not None]
 
 
 def _backward_fake(

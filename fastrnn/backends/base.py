@@ -155,8 +155,8 @@ class Backend(Protocol):
         grads: Grads,
         needs: Sequence[bool],
         samples: int,
-    ) -> list[Tensor]:
-        """The needed gradients, in the order x, h0, c0, h_reset, c_reset, *weights.
+    ) -> Sequence[Tensor | None]:
+        """The gradients of x, h0, c0, h_reset, c_reset, *weights, None of those not needed.
 
         With `samples` > 1 the batch is that many blocks of B / samples rows, and the gradient of a
         weight comes for each block apart: [samples, *weight.shape]."""

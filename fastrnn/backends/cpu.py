@@ -126,10 +126,9 @@ class _Cpu:
         grads: Grads,
         needs: Sequence[bool],
         samples: int,
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         if inputs.lengths is None and inputs.reset is None:
-            found = _backward(problem, inputs, y, saved, grads, needs, samples)
-            return [d for d in found if d is not None]
+            return _backward(problem, inputs, y, saved, grads, needs, samples)
         ours, given, cuts = packed(problem, inputs)
         dy, d_every_c = (None if d is None else cuts.gather(d) for d in (grads.y, grads.c))
         dh_n, dc_n = (cuts.final_gradient(problem, d) for d in (grads.h_n, grads.c_n))
@@ -150,7 +149,7 @@ class _Cpu:
             dx = cuts.scatter(dx, problem.T, problem.B)
         states = chain.from_iterable(zip(h_grads, c_grads, strict=True))
         each = zip((dx, *states, *dweights), needs, strict=True)
-        return [d for d, needed in each if needed and d is not None]
+        return [d if needed else None for d, needed in each]
 
     def prepare(self, problem: Problem, inputs: Inputs, outputs: Outputs) -> Callable[[], None]:
         y, h_n, c_n, _, _ = outputs

@@ -220,7 +220,7 @@ class Cuda:
         grads: Grads,
         needs: Sequence[bool],
         samples: int,
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         G, B, H = problem.G, problem.B, problem.H
         rows = _Rows(problem, inputs)
         y = y.contiguous()
@@ -246,7 +246,7 @@ class Cuda:
         found += dstates
         sources = (dgates_x, dgates_x if dgates_h is None else dgates_h)
         found += _weight_gradients(problem, rows, sources, y, needs[5:], samples)
-        return [g for g in found if g is not None]
+        return found
 
     def _run(
         self,

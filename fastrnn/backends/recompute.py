@@ -81,7 +81,7 @@ class Recompute:
         grads: Grads,
         needs: Sequence[bool],
         samples: int,
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         x = inputs.x
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
         dstates: list[Some] = []
@@ -95,8 +95,7 @@ class Recompute:
             dweights += found[4:]
         by_state = zip(needs[1:5], zip(*dstates, strict=True), strict=True)
         states = [torch.cat(each) if needed else None for needed, each in by_state]
-        each = zip((dx, *states, *dweights), needs, strict=True)
-        return [d for d, needed in each if needed and d is not None]
+        return [dx, *states, *dweights]
 
     def _backward(
         self,
@@ -121,11 +120,10 @@ class Recompute:
             again = self.inner.forward(ours, given, True)
             dh_n, dc_n = (_first(d, chunk.B) for d in dstates)
             arriving = Grads(_rows(grads.y, chunk), dh_n, dc_n, _rows(grads.c, chunk))
-            found = iter(
-                self.inner.backward(ours, given, again.y, again.saved, arriving, wanted, samples)
+            dx_chunk, dh, dc, *others = self.inner.backward(
+                ours, given, again.y, again.saved, arriving, wanted, samples
             )
             del again  # the next chunk's outputs take its place
-            dx_chunk, dh, dc, *others = (next(found) if needed else None for needed in wanted)
             if dx is not None and dx_chunk is not None:
                 into = dx[chunk.rows]
                 (into.add_ if add else into.copy_)(dx_chunk)

@@ -4,6 +4,7 @@ it."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -148,7 +149,7 @@ class Reference:
         grads: Grads,
         needs: Sequence[bool],
         samples: int,
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         """By autograd, through a second run of the layer. The gradients can be differentiated
         further where grad mode is enabled."""
         if samples > 1:
@@ -161,15 +162,17 @@ class Reference:
             *outputs, _ = self.forward(problem, given, False)
         each = zip(outputs, grads, strict=True)
         pairs = [(o, g) for o, g in each if o is not None and g is not None]
-        return list(
+        wanted = [needed and t is not None for t, needed in zip(places, needs, strict=True)]
+        found = iter(
             torch.autograd.grad(
                 [o for o, _ in pairs],
-                [t for t, needed in zip(places, needs, strict=True) if needed and t is not None],
+                list(itertools.compress(places, wanted)),
                 [g for _, g in pairs],
                 create_graph=create_graph,
                 materialize_grads=True,
             )
         )
+        return [next(found) if want else None for want in wanted]
 
     def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
         return []

@@ -63,7 +63,7 @@ class _Triton:
         grads: Grads,
         needs: Sequence[bool],
         samples: int,
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         from . import scan
 
         return scan.backward(problem, inputs, y, saved, grads, needs, samples)

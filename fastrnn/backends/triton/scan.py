@@ -225,7 +225,7 @@ def backward(
     grads: Grads,
     needs: Sequence[bool],
     samples: int,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     layer = Layer(problem, inputs)
     x, cell, N, G, H = layer.x, problem.cell, layer.N, problem.G, problem.H
     gates, c_before, *_ = [*saved, None]
@@ -250,8 +250,8 @@ def backward(
         dgates_x = dgates_h
 
     dx = layer.input_gradient(dgates_x) if needs[0] else None
-    states = [dh, dc, dh_reset, dc_reset]
-    found = [dx, *(None if s is None else s.to(x.dtype) for s in states)]
+    states = zip((dh, dc, dh_reset, dc_reset), needs[1:5], strict=True)
+    found = [dx, *(None if s is None or not needed else s.to(x.dtype) for s, needed in states)]
     read = layer.clean_x() if any(weights[0 :: problem.per_group]) else x
     for g in range(G):
         before = None if h_before is None else h_before[:, g]
@@ -259,7 +259,7 @@ def backward(
         found += _weight_gradients(
             layer, dgates_x[:, g], dgates_h[:, g], layer.columns(read, g), before, wanted, samples
         )
-    return [d for d, needed in zip(found, needs, strict=True) if needed and d is not None]
+    return found
 
 
 def _weight_gradients(
