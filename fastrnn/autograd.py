@@ -95,7 +95,7 @@ def run_backward(
     samples: int = 1,
 ) -> list[Tensor]:
     """A backend's backward pass, through the operator if anyone watches: the needed gradients."""
-    if not is_watched() and all_plain((*_tensors(inputs), *grads, y)):
+    if not is_watched() and all_plain((*_tensors(inputs), *grads, y, *saved)):
         with torch._C._DisableAutocast():
             found = by_name(backend).backward(problem, inputs, y, saved, grads, needs, samples)
         return [d for d in found if d is not None]
@@ -115,7 +115,7 @@ def _is_batched(grad: Tensor | None) -> bool:
 
 def _plain_backward(
     problem: Problem, inputs: Inputs, grads: Grads, needs: Sequence[bool]
-) -> list[Tensor | None]:
+) -> Sequence[Tensor | None]:
     """Gradients through the plain torch backend, which runs the layer again.
 
     They can be differentiated further, and many incoming gradients at once (``is_grads_batched``,
@@ -139,7 +139,6 @@ class Route(NamedTuple):
         if recompute and problem.grad and recompute < problem.T:
             backend = _recomputing(backend, recompute, problem)
         return cls(problem, backend, plain)
-
 
     def forward(self, inputs: Inputs, save: bool) -> Outputs:
         """The backend's forward pass, through the operator if anyone watches."""
@@ -166,9 +165,10 @@ class Route(NamedTuple):
             and all_plain(grads)
         ):
             return backend.backward(problem, inputs, y, saved, grads, needs, 1)
-        if not torch.compiler.is_compiling():
-            if torch.is_grad_enabled() or any(map(_is_batched, grads)):
-                return _plain_backward(problem, inputs, grads, needs)
+        if not torch.compiler.is_compiling() and (
+            torch.is_grad_enabled() or any(map(_is_batched, grads))
+        ):
+            return _plain_backward(problem, inputs, grads, needs)
         with torch.no_grad():
             found = iter(run_backward(backend.name, problem, inputs, y, saved, grads, needs))
         return [next(found) if needed else None for needed in needs]

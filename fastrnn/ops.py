@@ -104,7 +104,7 @@ def forward(
     all_states: bool,
 ) -> list[Tensor]:
     """What the operator does: see :func:`flat`."""
-    inputs = Inputs(x, batch_sizes, lengths, reset, states, weights)
+    inputs = Inputs(x, batch_sizes, lengths, reset, _read(states), _read(weights))
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.shape[0])
     problem = describe(cell, inputs, reverse, batch, all_states, save)
@@ -160,11 +160,11 @@ def backward(
     samples: int,
 ) -> list[Tensor]:
     """What the operator does: the needed gradients, in the order x, *states, *weights."""
-    inputs = Inputs(x, batch_sizes, lengths, reset, states, weights)
+    inputs = Inputs(x, batch_sizes, lengths, reset, _read(states), _read(weights))
     problem = describe(cell, inputs, reverse, batch, False, True)
     run = _kernels(backend).backward
     with torch._C._DisableAutocast():  # which forward() may not have been called under
-        found = run(problem, inputs, y, saved, Grads(*grads), needs, samples)
+        found = run(problem, inputs, y, saved, Grads(*_read(grads)), needs, samples)
     return [d for d in found if d is not None]
 
 
@@ -192,6 +192,11 @@ def _backward_fake(
         for t, needed, first in zip(given, needs, lead, strict=True)
         if needed and t is not None
     ]
+
+
+def _read(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """As they are in memory: torch sees to views that negate, but not in lists with gaps."""
+    return [None if t is None else t.resolve_neg() for t in tensors]
 
 
 def _kernels(name: str) -> Backend:

@@ -17,8 +17,8 @@ _CLASSES = (Tensor, torch.nn.Parameter)
 def signature(tensors: tuple[Tensor | None, ...]) -> bytes | None:
     """The dtypes, devices and shapes of dense tensors: equal where all of these are.
 
-    None unless all are plain, where anybody wants to see how they are used, and without the
-    extension or a torch that lets it look into tensors (2.10).
+    None unless all are plain, where anybody wants to see how they are used or saved, and without
+    the extension or a torch that lets it look into tensors (2.10).
     """
     if (
         _C is None
@@ -26,6 +26,7 @@ def signature(tensors: tuple[Tensor | None, ...]) -> bytes | None:
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ):
         return None
     return _C.signature(tensors)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -96,6 +97,7 @@ WATCHES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "function mode": BaseTorchFunctionMode,
     "dispatch mode": lambda: FlopCounterMode(display=False),
     "forward mode": forward_ad.dual_level,
+    "hooks on what is saved": lambda: saved_tensors_hooks(lambda t: t, lambda t: t),
 }
 
 
@@ -117,12 +119,41 @@ def test_no_signature_inside_transforms() -> None:
     assert found == [None]
 
 
-def test_negated_input(table: bool) -> None:
-    layer = fastrnn.GRU(3, 4)
-    z = torch.randn(5, 2, 3, dtype=torch.complex64)
-    expected, _ = layer(-z.imag.clone())
-    found, _ = layer(z.conj().imag)
-    assert torch.equal(found, expected)
+def negated(tensor: Tensor) -> Tensor:
+    """A view whose values are those of `tensor`, and whose memory holds the opposite."""
+    return torch._neg_view(-tensor)
+
+
+@pytest.mark.parametrize("what", ["x", "hx", "weights", "gradients"])
+def test_negated_views(what: str, table: bool) -> None:
+    layer = fastrnn.LSTM(3, 4)
+    inputs = {"x": torch.randn(5, 2, 3), "h": torch.randn(1, 2, 4), "c": torch.randn(1, 2, 4)}
+    given = inputs | {k: w.detach() for k, w in layer.named_parameters()}
+    dy = torch.randn(5, 2, 4)
+
+    def run(given: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
+        leaves = {k: t.requires_grad_() for k, t in given.items()}
+        x, h, c, *weights = leaves.values()
+        names = dict(zip(dict(layer.named_parameters()), weights, strict=True))
+        y, _ = torch.func.functional_call(layer, names, (x, (h, c)))
+        return [y, *torch.autograd.grad(y, list(leaves.values()), dy)]
+
+    expected = run({k: t.clone() for k, t in given.items()}, dy)
+    kinds = {"x": "x", "h": "hx", "c": "hx"}
+    chosen = {k: negated(t) if kinds.get(k, "weights") == what else t for k, t in given.items()}
+    found = run(chosen, negated(dy) if what == "gradients" else dy)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_a_hook_saved_in_another_way(table: bool) -> None:
+    """A backward pass reads no memory of a tensor that is not plain."""
+    layer, x = fastrnn.LSTM(3, 4), torch.randn(5, 2, 3)
+    layer(x)
+    expected = torch.autograd.grad(layer(x)[0].sum(), layer.weight_hh_l0)[0]
+    with saved_tensors_hooks(torch.neg, torch._neg_view):
+        y, _ = layer(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), layer.weight_hh_l0)[0], expected)
 
 
 def test_what_is_remembered_is_the_backend_that_was_asked_for() -> None:
