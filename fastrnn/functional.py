@@ -5,7 +5,7 @@ Everything is checked here before a kernel sees it. Nothing here knows a cell or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from .plain import signature
 # passes too, and goes the same way: finding that out takes longer than a small layer.
 _checked: dict[tuple[object, ...], Route] = {}
 _MOST_CHECKED = 4096
+
+Check = Callable[[Tensor, States | None, Weights, Tensor | None], None]
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
@@ -40,6 +42,7 @@ def stack(
     reset_hx: States | None = None,
     all_states: bool = False,
     recompute: int = 0,
+    check: Check | None = None,
 ) -> tuple[Tensor, States, Tensor | None]:
     """Layers on top of each other, each reading the output of the one below.
 
@@ -56,6 +59,7 @@ def stack(
         reset_hx: the states that a row takes at a reset, shaped as `hx`, or None for zeros.
         all_states: return c after every step, for cells that have one.
         recompute: as for :func:`layer`.
+        check: as for :func:`layer`, of the first layer.
 
     Returns:
         The last layer's output [T, B, D*out] or [N, D*out]; the last states, of the shapes of `hx`;
@@ -66,6 +70,11 @@ def stack(
         ValueError: a length is below 0 or above T.
     """
     reverse = (False, True) if bidirectional else (False,)
+    if len(weights) == 1:
+        return layer(
+            cell, x, hx, weights[0], reverse, batch_sizes, lengths=lengths, reset=reset,
+            reset_states=reset_hx, all_states=all_states, recompute=recompute, check=check,
+        )  # fmt: skip
     groups, layers = len(reverse), len(weights)
     ends: list[States] = []
     c = None
@@ -74,26 +83,25 @@ def stack(
         x, end, c = layer(
             cell,
             x,
-            _of_layer(hx, mine, layers),
+            _of_layer(hx, mine),
             weights[k],
             reverse,
             batch_sizes,
             lengths=lengths,
             reset=reset,
-            reset_states=_of_layer(reset_hx, mine, layers),
+            reset_states=_of_layer(reset_hx, mine),
             all_states=all_states and k == layers - 1,
             recompute=recompute,
+            check=None if k else check,
         )
         ends.append(end)
         if training and dropout and k < layers - 1:
             x = _dropout(x, dropout)
-    if layers == 1:
-        return x, ends[0], c
     return x, tuple(torch.cat(s) for s in zip(*ends, strict=True)), c
 
 
-def _of_layer(states: States | None, groups: slice, layers: int) -> States | None:
-    return states if states is None or layers == 1 else tuple(s[groups] for s in states)
+def _of_layer(states: States | None, groups: slice) -> States | None:
+    return None if states is None else tuple(s[groups] for s in states)
 
 
 def layer(
@@ -109,6 +117,7 @@ def layer(
     reset_states: States | None = None,
     all_states: bool = False,
     recompute: int = 0,
+    check: Check | None = None,
 ) -> tuple[Tensor, States, Tensor | None]:
     """One layer of G groups over one input; group g goes backwards in time where reverse[g].
 
@@ -134,6 +143,7 @@ def layer(
         recompute: k > 0 keeps only every k-th state for the backward pass, which runs each chunk of
             k steps again: less memory for more time. 0 keeps everything. Without gradients, or
             under torch.func's transforms, it changes nothing.
+        check: what else raises if shapes or dtypes do not fit; not called where they have passed.
 
     Returns:
         y [T, B, G*out] or [N, G*out], the last states, and c after every step [T, B, G*H] or
@@ -153,7 +163,7 @@ def layer(
             return layer(
                 cell, cast(x, dtype), states, weights, reverse, batch_sizes, lengths=lengths,
                 reset=reset, reset_states=reset_states, all_states=all_states,
-                recompute=recompute,
+                recompute=recompute, check=check,
             )  # fmt: skip
     batch = None
     if batch_sizes is not None or lengths is not None or reset is not None:
@@ -162,9 +172,8 @@ def layer(
     each = (*_pair(states), *_pair(None if reset is None else reset_states))
     inputs = Inputs(x, batch_sizes, lengths, reset, each, weights)
     given = states, reset_states
-    y, h_n, c_n, c = scan(
-        _route(cell, inputs, batch, given, tuple(reverse), all_states, recompute), inputs
-    )
+    route = _route(cell, inputs, batch, given, tuple(reverse), all_states, recompute, check)
+    y, h_n, c_n, c = scan(route, inputs)
     return y, (h_n,) if c_n is None else (h_n, c_n), c
 
 
@@ -176,6 +185,7 @@ def _route(
     reverse: tuple[bool, ...],
     all_states: bool,
     recompute: int,
+    check: Check | None,
 ) -> Route:
     """The way that these inputs go, once they have passed the checks. `batch` is the batch size
     where what depends on values had to be checked before; the states are as they were given."""
@@ -184,14 +194,20 @@ def _route(
     read = signature(
         (x, batch_sizes, lengths, reset, *(states or ()), *(reset_states or ()), *weights)
     )
-    counts = tuple(None if s is None else len(s) for s in given)
     grad = wants_gradients(inputs)
-    key = kind, reverse, all_states, recompute, grad, asked(), batch, counts, len(weights), read
+    key = (
+        kind, reverse, all_states, recompute, check is None, grad, asked(), batch, len(weights),
+        None if states is None else len(states),
+        None if reset_states is None else len(reset_states),
+        read,
+    )  # fmt: skip
     route = None if read is None else _checked.get(key)
     if route is not None:
         # On a GPU backends look at more: torch's settings of precision, the state of the device.
         on_cpu = route.problem.device.type == "cpu"
         return route if on_cpu else Route.find(route.problem, recompute, True)
+    if check is not None:
+        check(x, states, weights, batch_sizes)
     if batch is None:
         batch = _check_input(x, batch_sizes)
     sizes = _check_weights(kind, x, weights, len(reverse))

@@ -178,7 +178,6 @@ def test_weights_gradients_of_blocks_of_the_batch(emulated: Cuda) -> None:
     dy = torch.randn_like(y)
     needs = [True] + [False] * 4 + [True] * 8
 
-
     def gradients(dy: Tensor, samples: int) -> list[Tensor]:
         grads = backends.Grads(dy, None, None, None)
         found = emulated.backward(problem, inputs, y, saved, grads, needs, samples)

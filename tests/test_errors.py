@@ -286,6 +286,23 @@ def test_weights_of_another_shape_inside_a_module() -> None:
         layer(x_of(T, B, I))
 
 
+def test_what_passed_as_a_function_is_looked_at_as_a_module() -> None:
+    """Only there may each direction have columns of its own."""
+    layer = fastrnn.GRU(I, H, bidirectional=True)
+    x, weights = x_of(T, B, 2 * I), layer._weights()[0]
+    assert functional.layer("gru", x, None, weights, (False, True))[0].shape == (T, B, 2 * H)
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
+        layer(x)
+
+
+def test_states_of_another_number_of_layers() -> None:
+    theirs, ours = nn.GRU(I, H, 2), fastrnn.GRU(I, H, 2)
+    ours(x_of(T, B, I), x_of(2, B, H))
+    for layers in (1, 3):
+        wrong = x_of(T, B, I), x_of(layers, B, H)
+        assert_same_error(lambda w=wrong: theirs(*w), lambda w=wrong: ours(*w))  # type: ignore[misc]
+
+
 STEP_CALLS: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "input 0-D": lambda k: (torch.tensor(1.0),),
     "input 3-D": lambda k: (x_of(1, B, I),),

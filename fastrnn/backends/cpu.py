@@ -196,15 +196,16 @@ def _backward(
     dh0 = x.new_empty(G, B, problem.out) if needs[1] else None
     dc0 = x.new_empty(G, B, H) if needs[2] else None
     dweights = [
-        _empty_gradient(problem, w, samples) if needed and w is not None else None
+        None if w is None or not needed
+        else _empty_like(w) if samples == 1
+        else _empty_gradients(problem, w, samples)
         for w, needed in zip(inputs.weights, needs[5:], strict=True)
-    ]
+    ]  # fmt: skip
     states = (dx, dh0, dc0)
     _workspace.run(
-        _C.backward,
-        *_layer(problem, inputs),
-        *(y, saved, grads, states, dweights, samples, sample_of_row),
-    )
+        _C.backward, *_layer(problem, inputs), y, saved, grads, states, dweights, samples,
+        sample_of_row,
+    )  # fmt: skip
     if samples > 1 and problem.stacked:
         dweights = [None if d is None else d.transpose(0, 1) for d in dweights]
     return [dx, dh0, dc0, None, None, *dweights]
@@ -217,11 +218,9 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _empty_gradient(problem: Problem, weight: Tensor, samples: int) -> Tensor:
-    """As the kernels fill it: [*weight.shape], [samples, *weight.shape], or, of stacked weights,
-    [G, samples, ...]."""
-    if samples == 1:
-        return _empty_like(weight)
+def _empty_gradients(problem: Problem, weight: Tensor, samples: int) -> Tensor:
+    """As the kernels fill them: [samples, *weight.shape], or, of stacked weights, [G, samples,
+    ...]."""
     if problem.stacked:
         return weight.new_empty(problem.G, samples, *weight.shape[1:])
     return weight.new_empty(samples, *weight.shape)

@@ -11,6 +11,7 @@ from torch.nn.functional import dropout as _dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import functional
+from ..backends import Weights
 from ..cells import States
 
 Device = torch.device | str | int | None
@@ -133,7 +134,10 @@ class Layers(RNNBase):
         **options: Any,
     ) -> tuple[Tensor, States, Tensor | None]:
         weights = self._weights()
-        self._check(x, states, weights[0][0], batch_sizes)
+        check: functional.Check | None = self._check
+        if states is not None and self.num_layers > 1:  # of which a layer sees only its own
+            self._check(x, states, weights[0], batch_sizes)
+            check = None
         if self.training and self.weight_dropout:
             weights = [self._drop_recurrent(flat) for flat in weights]
         return functional.stack(
@@ -147,6 +151,7 @@ class Layers(RNNBase):
             batch_sizes=batch_sizes,
             all_states=self.return_states,
             recompute=self.recompute,
+            check=check,
             **options,
         )
 
@@ -189,8 +194,10 @@ class Layers(RNNBase):
         ]
 
     def _check(
-        self, x: Tensor, states: States | None, weight: Tensor, batch_sizes: Tensor | None
+        self, x: Tensor, states: States | None, weights: Weights, batch_sizes: Tensor | None
     ) -> None:
+        weight = weights[0]
+        assert weight is not None
         if x.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
