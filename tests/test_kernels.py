@@ -25,6 +25,7 @@ from helpers import (
 from helpers import poisoned as poisoned_memory
 
 import fastrnn
+from fastrnn import functional
 from fastrnn.backends import cpu
 from fastrnn.cells import CELLS
 
@@ -129,6 +130,33 @@ def test_inference_gives_the_same_bits(
         with torch.inference_mode():
             found = layer(*leaves)
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", _C.isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 1, 5, 37, hx=False),
+        Case(3, 40, 5, 37, hx=False, bias=False, reverse=BOTH),
+        Case(9, 32, 5, 130, hx=False),
+        Case(4, 3, 2, 18, hx=False, lengths=(4, 2, 1), reverse=BOTH),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_states_are_zeros(cell: str, case: Case, dtype: torch.dtype, name: str) -> None:
+    """To the bit, though the first step's product is left out."""
+    inputs = make_inputs(cell, case, dtype)
+    weights = list(inputs.weights)
+    zeros = (torch.zeros(len(case.reverse), case.B, case.H, dtype=dtype),) * CELLS[cell].states
+    with isa(name), fastrnn.backend("cpu"):
+        found, expected = (
+            functional.layer(cell, inputs.x, states, weights, case.reverse, case.batch_sizes)
+            for states in (None, zeros)
+        )
+    assert torch.equal(found[0], expected[0])
+    assert all(map(torch.equal, found[1], expected[1]))
 
 
 @pytest.mark.parametrize("later", _C.isas())

@@ -280,8 +280,8 @@ class ForwardScan {
     const int64_t t = group_.step_to_time(s, seq_.T);
     const int64_t rows = share_.count(seq_.active(t));
     for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(share_.row(j), s, t, gates[j]);
-    for_each_block(buffers_.hh, Sweep(panels_, s), buffers_.h[s & 1] + share_.row(0) * layout_.Ok,
-                   share_.row_parts * layout_.Ok, rows,
+    const T* const h = s || h0_ ? buffers_.h[s & 1] + share_.row(0) * layout_.Ok : nullptr;
+    for_each_block(buffers_.hh, Sweep(panels_, s), h, share_.row_parts * layout_.Ok, rows,
                    [&](int64_t j, int n, int64_t p) { apply_cell(rows_ + j, n, p); });
     return rows;
   }

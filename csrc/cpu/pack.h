@@ -251,7 +251,8 @@ FASTRNN_INLINE AccVec<T> dots(const T* rows, const T* a, int64_t n) {
   return total;
 }
 
-// What stands to the left in a product: rows `ld` apart, and their parts where it is these that are multiplied.
+// What stands to the left in a product: rows `ld` apart, and their parts where it is these that are multiplied. Null
+// stands for zeros.
 template <class T>
 struct LeftRows {
   const T* values;
@@ -288,43 +289,44 @@ struct Weights {
   // `room` is for parts. What is not finite they cannot tell from NaN: then there are none.
   LeftRows<T> left(const T* a, int64_t ld, int64_t rows, const Split<bf16>& room) const {
     if constexpr (kSplits<T>) {
-      if (panels.split && split_rows(room, a, ld, rows, K)) return {a, ld, room};
+      if (a && panels.split && split_rows(room, a, ld, rows, K)) return {a, ld, room};
     }
     return {a, ld, {}};
   }
 
   // Up to kMaxRows rows from `row` on.
   void multiply(Tile<T>& out, const LeftRows<T>& a, int64_t row, int rows, int64_t p, const void* ahead) const {
-    const int64_t depth = panels.depth, width = panels.width();
+    const int64_t depth = a.values ? panels.depth : 0, width = panels.width();
     if constexpr (kSplits<T>) {
       if (a.parts.data) {
         return multiply_split(a.parts.from(row * depth), rows, panels.parts(p), depth, panels.nv, panels.panel_bias(p),
                               0, out.c, width, ahead);
       }
     }
-    const T* const first = a.values + row * a.ld;
+    const T* const first = a.values ? a.values + row * a.ld : nullptr;
     if (packed && !panels.split) {
       const Block<T> kernel = RowBlocks<T>::kernel(panels.nv, rows);
       return kernel(first, a.ld, panels.panel(p), depth, panels.panel_bias(p), 0, out.c, width, ahead);
     }
-    for (int r = 0; r < rows; ++r) multiply_unpacked(out.c + r * width, first + r * a.ld, p);
+    for (int r = 0; r < rows; ++r) multiply_unpacked(out.c + r * width, first ? first + r * a.ld : nullptr, p);
   }
 
  private:
   void multiply_unpacked(Acc<T>* c, const T* a, int64_t p) const {
     constexpr int lanes = kLanes<Acc<T>>;
+    const int64_t depth = a ? K : 0;
     for (int v = 0; v < panels.nv; ++v) {
       const int64_t unit0 = (p * (panels.nv / gates) + v / gates) * lanes;
       if (unit0 + lanes <= H) {
         const int64_t row0 = v % gates * H + unit0;
-        const AccVec<T> sums = dots(w + row0 * K, a, K);
+        const AccVec<T> sums = dots(w + row0 * K, a, depth);
         store(c + v * lanes, b ? sums + load(b + row0) : sums);
         continue;
       }
       for (int lane = 0; lane < lanes; ++lane) {
         const int64_t row = v % gates * H + unit0 + lane;
         const bool real = unit0 + lane < H;
-        c[v * lanes + lane] = real ? dot(w + row * K, a, K) + (b ? widen_one(b[row]) : 0) : 0;
+        c[v * lanes + lane] = real ? dot(w + row * K, a, depth) + (b ? widen_one(b[row]) : 0) : 0;
       }
     }
   }
