@@ -12,11 +12,13 @@ from . import ops
 from .backends import (
     BACKENDS,
     Backend,
+    Bound,
     Grads,
     Inputs,
     Outputs,
     Problem,
     Recompute,
+    bind,
     by_name,
     choose,
     refusal,
@@ -130,7 +132,7 @@ class Route(NamedTuple):
 
     problem: Problem
     backend: Backend
-    plain: bool  # its inputs are known to be plain tensors, which nobody watches
+    bound: Bound | None = None  # for plain tensors, which nobody watches; None if these may not be
 
     @classmethod
     def find(cls, problem: Problem, recompute: int, plain: bool) -> Route:
@@ -138,13 +140,13 @@ class Route(NamedTuple):
         backend = choose(problem)
         if recompute and problem.grad and recompute < problem.T:
             backend = _recomputing(backend, recompute, problem)
-        return cls(problem, backend, plain)
+        return cls(problem, backend, bind(backend, problem) if plain else None)
 
     def forward(self, inputs: Inputs, save: bool) -> Outputs:
         """The backend's forward pass, through the operator if anyone watches."""
-        problem, backend, plain = self
-        if plain:
-            return backend.forward(problem, inputs, save)
+        problem, backend, bound = self
+        if bound is not None:
+            return bound.forward(inputs, save)
         return run_forward(backend.name, problem, inputs, save)
 
     def backward(
@@ -156,15 +158,15 @@ class Route(NamedTuple):
         needs: Sequence[bool],
     ) -> Sequence[Tensor | None]:
         """Its backward pass: see :class:`fastrnn.backends.Backend`."""
-        problem, backend, plain = self
+        problem, backend, bound = self
         if (
-            plain
+            bound is not None
             and not torch.is_grad_enabled()
             and not torch._C._is_any_autocast_enabled()
             and not is_watched()
             and all_plain(grads)
         ):
-            return backend.backward(problem, inputs, y, saved, grads, needs, 1)
+            return bound.backward(inputs, y, saved, grads, needs, 1)
         if not torch.compiler.is_compiling() and (
             torch.is_grad_enabled() or any(map(_is_batched, grads))
         ):
@@ -176,17 +178,17 @@ class Route(NamedTuple):
 
 def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer, whose inputs have been checked: y, h_n, c_n and c."""
-    problem, backend, plain = route
+    problem, backend, bound = route
     if backend.differentiable:
         return backend.forward(problem, inputs, False)[:4]
-    if not plain and torch._C._are_functorch_transforms_active():
+    if bound is None and torch._C._are_functorch_transforms_active():
         from . import levels  # which needs this module
 
         return levels.scan(backend.name, problem, inputs)
     if not problem.grad:
         return route.forward(inputs, False)[:4]
     x, batch_sizes, lengths, reset, states, weights = inputs
-    apply = _apply_plain if plain else Scan.apply
+    apply = Scan.apply if bound is None else _apply_plain
     outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = apply(  # type: ignore[no-untyped-call]
         route, x, batch_sizes, lengths, reset, *states, *weights
     )
@@ -198,7 +200,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run what :func:`scan` was given, of inputs that no transform wraps any more."""
     problem = problem._replace(grad=wants_gradients(inputs))
-    return scan(Route(problem, by_name(backend), False), inputs)
+    return scan(Route(problem, by_name(backend)), inputs)
 
 
 def wants_gradients(inputs: Inputs) -> bool:
@@ -253,7 +255,7 @@ def _operator(
             )
         return found
     problem = ops.describe(cell, inputs, reverse, batch, all_states, grad)
-    route = Route(problem, by_name(backend), False)
+    route = Route(problem, by_name(backend))
     y, h_n, c_n, c = Scan.apply(route, *tensors)  # type: ignore[no-untyped-call]
     shapes = by_name(backend).saved_shapes(problem, 0) if save else []
     return ops.flat(Outputs(y, h_n, c_n, c, [x.new_empty(0) for _ in shapes]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor
 
 import fastrnn
 from fastrnn import functional
-from fastrnn.backends import by_name
+from fastrnn.autograd import Route
+from fastrnn.backends import Problem, by_name
 from fastrnn.cells import CELLS
 
 pytestmark = [
@@ -185,15 +187,19 @@ def test_in_place_change_of_the_output_is_right_or_raises(cell: str, backend: st
 
 def test_no_grad_saves_nothing(cell: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither under no_grad or inference_mode nor when nothing asks for a gradient."""
-    kind = by_name(backend)
+    reference = by_name("reference")
     asked: list[bool] = []
-    forward = kind.forward
 
-    def spy(problem: Any, inputs: Any, save: bool) -> Any:
-        asked.extend((problem.grad, save))
-        return forward(problem, inputs, save)
+    def spy_on(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(first: Any, *others: Any) -> Any:
+            problem = first if isinstance(first, Problem) else first.problem
+            asked.extend((problem.grad, others[-1]))
+            return forward(first, *others)
 
-    monkeypatch.setattr(kind, "forward", spy)
+        return spy
+
+    monkeypatch.setattr(reference, "forward", spy_on(reference.forward))
+    monkeypatch.setattr(Route, "forward", spy_on(Route.forward))
     leaves, layer = leaves_and_call(cell)
     with using(backend):
         with torch.no_grad():

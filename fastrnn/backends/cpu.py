@@ -5,14 +5,16 @@ Everything the kernels write, workspaces included, is allocated here by torch.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import Grads, Inputs, Outputs, Problem, SavedShape
+from .base import Bound, Grads, Inputs, Outputs, Problem, SavedShape
 from .segments import packed
 
 try:
@@ -96,26 +98,11 @@ class _Cpu:
             shapes.append(((N, problem.G * problem.H), problem.dtype))
         return shapes
 
+    def bind(self, problem: Problem) -> Bound:
+        return _Cut(problem) if problem.lengths or problem.reset else _Batch(problem)
+
     def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
-        saved = []
-        if save:
-            N = problem.T * problem.B if inputs.batch_sizes is None else inputs.x.shape[0]
-            x = inputs.x
-            saved = [  # naming the dtype takes torch longer
-                x.new_empty(*shape) if kind == x.dtype else x.new_empty(shape, dtype=kind)
-                for shape, kind in self.saved_shapes(problem, N)
-            ]
-        if inputs.lengths is None and inputs.reset is None:
-            return _forward(problem, inputs, saved)
-        ours, given, cuts = packed(problem, inputs)
-        y, h_n, c_n, c, _ = (_forward if ours.T else _forward_nothing)(ours, given, saved)
-        return Outputs(
-            cuts.scatter(y, problem.T, problem.B),
-            cuts.final(problem, h_n, inputs.h0),
-            None if c_n is None else cuts.final(problem, c_n, inputs.c0),
-            None if c is None else cuts.scatter(c, problem.T, problem.B),
-            saved,
-        )
+        return self.bind(problem).forward(inputs, save)
 
     def backward(
         self,
@@ -126,15 +113,170 @@ class _Cpu:
         grads: Grads,
         needs: Sequence[bool],
         samples: int,
+    ) -> Sequence[Tensor | None]:
+        return self.bind(problem).backward(inputs, y, saved, grads, needs, samples)
+
+    def prepare(self, problem: Problem, inputs: Inputs, outputs: Outputs) -> Callable[[], None]:
+        y, h_n, c_n, _, _ = outputs
+        cell, threads = _CELLS[problem.cell.name][0], torch.get_num_threads()
+        kernel = _C.Prepared(
+            cell, threads, inputs.x, inputs.h0, inputs.c0, inputs.weights, y, h_n, c_n
+        )
+        return lambda: _workspace.run(kernel)
+
+
+class _Shapes(NamedTuple):
+    """Of outputs; the dtypes of what is saved are None where they are x's: torch takes longer when
+    told."""
+
+    y: tuple[int, ...]
+    c: tuple[int, ...] | None
+    saved: list[tuple[tuple[int, ...], torch.dtype | None]]
+
+    @classmethod
+    def of(cls, problem: Problem, steps: tuple[int, ...]) -> _Shapes:
+        """`steps` is what comes before the last dimension of x."""
+        G, H, dtype = problem.G, problem.H, problem.dtype
+        has_c = problem.all_states and problem.cell.states > 1
+        shapes = CPU.saved_shapes(problem, math.prod(steps))
+        saved = [(shape, None if kind == dtype else kind) for shape, kind in shapes]
+        return cls((*steps, G * problem.out), (*steps, G * H) if has_c else None, saved)
+
+    def empty_saved(self, x: Tensor) -> list[Tensor]:
+        return [
+            x.new_empty(shape) if dtype is None else x.new_empty(shape, dtype=dtype)
+            for shape, dtype in self.saved
+        ]
+
+
+class _Batch:
+    """A dense batch, or a packed one."""
+
+    def __init__(self, problem: Problem) -> None:
+        G, B = problem.G, problem.B
+        self._problem = problem
+        self._cell = _CELLS[problem.cell.name][0]
+        self._h = (G, B, problem.out)
+        self._c = (G, B, problem.H)
+        self._has_c = problem.cell.states > 1
+        self._dense = None if problem.packed else _Shapes.of(problem, (problem.T, B))
+
+    def forward(self, inputs: Inputs, save: bool, room: list[Tensor] | None = None) -> Outputs:
+        """`room` is where to save, if that is there already."""
+        x, batch_sizes, _, _, (h0, c0, _, _), weights = inputs
+        problem, shapes = self._problem, self._dense or _Shapes.of(self._problem, x.shape[:1])
+        y, h_n = x.new_empty(shapes.y), x.new_empty(self._h)
+        c_n = x.new_empty(self._c) if self._has_c else None
+        c = None if shapes.c is None else x.new_empty(shapes.c)
+        if room is None:
+            room = shapes.empty_saved(x) if save else []
+        _workspace.run(
+            _C.forward, self._cell, torch.get_num_threads(), problem.reverse, problem.B,
+            x, batch_sizes, h0, c0, weights, y, h_n, c_n, c, room,
+        )  # fmt: skip
+        return Outputs(y, h_n, c_n, c, room)
+
+    def backward(
+        self,
+        inputs: Inputs,
+        y: Tensor,
+        saved: list[Tensor],
+        grads: Grads,
+        needs: Sequence[bool],
+        samples: int,
+        sample_of_row: Tensor | None = None,
     ) -> list[Tensor | None]:
-        if inputs.lengths is None and inputs.reset is None:
-            return _backward(problem, inputs, y, saved, grads, needs, samples)
+        """No gradients of states at resets, which are cuts of a batch."""
+        x, batch_sizes, _, _, (h0, c0, _, _), weights = inputs
+        problem = self._problem
+        dx = _empty_like(x) if needs[0] else None
+        dh0 = x.new_empty(self._h) if needs[1] else None
+        dc0 = x.new_empty(self._c) if needs[2] else None
+        dweights = [
+            None if w is None or not needed
+            else _empty_like(w) if samples == 1
+            else _empty_gradients(problem, w, samples)
+            for w, needed in zip(weights, needs[5:], strict=True)
+        ]  # fmt: skip
+        _workspace.run(
+            _C.backward, self._cell, torch.get_num_threads(), problem.reverse, problem.B,
+            x, batch_sizes, h0, c0, weights, y, saved, grads, (dx, dh0, dc0), dweights,
+            samples, sample_of_row,
+        )  # fmt: skip
+        if samples > 1 and problem.stacked:
+            dweights = [None if d is None else d.transpose(0, 1) for d in dweights]
+        return [dx, dh0, dc0, None, None, *dweights]
+
+
+class _Nothing:
+    """A batch of no segments."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    def forward(self, inputs: Inputs, save: bool, room: list[Tensor]) -> Outputs:
+        problem, x = self._problem, inputs.x
+        shapes, has_c = _Shapes.of(problem, (0,)), problem.cell.states > 1
+        return Outputs(
+            x.new_empty(shapes.y),
+            x.new_empty((problem.G, 0, problem.out)),
+            x.new_empty((problem.G, 0, problem.H)) if has_c else None,
+            None if shapes.c is None else x.new_empty(shapes.c),
+            room,
+        )
+
+    def backward(
+        self,
+        inputs: Inputs,
+        y: Tensor,
+        saved: list[Tensor],
+        grads: Grads,
+        needs: Sequence[bool],
+        samples: int,
+        sample_of_row: Tensor | None = None,
+    ) -> list[Tensor | None]:
+        problem = self._problem
+        dh0, dc0 = (y.new_empty((problem.G, 0, width)) for width in (problem.out, problem.H))
+        lead = () if samples == 1 else (samples,)
+        dweights = [None if w is None else w.new_zeros((*lead, *w.shape)) for w in inputs.weights]
+        return [torch.empty_like(inputs.x), dh0, dc0, None, None, *dweights]
+
+
+class _Cut:
+    """A batch with lengths or resets: the packed batch of its segments."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._shapes = _Shapes.of(problem, (problem.T, problem.B))
+
+    def forward(self, inputs: Inputs, save: bool) -> Outputs:
+        problem = self._problem
+        ours, given, cuts = packed(problem, inputs)
+        room = self._shapes.empty_saved(inputs.x) if save else []  # whatever the cuts are
+        y, h_n, c_n, c, _ = (_Batch if ours.T else _Nothing)(ours).forward(given, save, room)
+        return Outputs(
+            cuts.scatter(y, problem.T, problem.B),
+            cuts.final(problem, h_n, inputs.h0),
+            None if c_n is None else cuts.final(problem, c_n, inputs.c0),
+            None if c is None else cuts.scatter(c, problem.T, problem.B),
+            room,
+        )
+
+    def backward(
+        self,
+        inputs: Inputs,
+        y: Tensor,
+        saved: list[Tensor],
+        grads: Grads,
+        needs: Sequence[bool],
+        samples: int,
+    ) -> list[Tensor | None]:
+        problem = self._problem
         ours, given, cuts = packed(problem, inputs)
         dy, d_every_c = (None if d is None else cuts.gather(d) for d in (grads.y, grads.c))
         dh_n, dc_n = (cuts.final_gradient(problem, d) for d in (grads.h_n, grads.c_n))
         h_wanted, c_wanted = needs[1] or needs[3], needs[2] or needs[4]
-        dx, dh, dc, _, _, *dweights = (_backward if ours.T else _backward_nothing)(
-            ours,
+        dx, dh, dc, _, _, *dweights = (_Batch if ours.T else _Nothing)(ours).backward(
             given,
             cuts.gather(y),
             saved,
@@ -151,65 +293,6 @@ class _Cpu:
         each = zip((dx, *states, *dweights), needs, strict=True)
         return [d if needed else None for d, needed in each]
 
-    def prepare(self, problem: Problem, inputs: Inputs, outputs: Outputs) -> Callable[[], None]:
-        y, h_n, c_n, _, _ = outputs
-        cell, threads = _CELLS[problem.cell.name][0], torch.get_num_threads()
-        kernel = _C.Prepared(
-            cell, threads, inputs.x, inputs.h0, inputs.c0, inputs.weights, y, h_n, c_n
-        )
-        return lambda: _workspace.run(kernel)
-
-
-def _layer(problem: Problem, inputs: Inputs) -> tuple[object, ...]:
-    """What the kernels are told of a dense batch, or a packed one."""
-    x, batch_sizes, _, _, (h0, c0, *_), weights = inputs
-    cell, threads = _CELLS[problem.cell.name][0], torch.get_num_threads()
-    return cell, threads, problem.reverse, problem.B, x, batch_sizes, h0, c0, weights
-
-
-def _forward(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
-    """A dense batch, or a packed one."""
-    x, G, B, H, out = inputs.x, problem.G, problem.B, problem.H, problem.out
-    has_c = problem.cell.states > 1
-    steps = x.shape[:-1]
-    y, h_n = x.new_empty(*steps, G * out), x.new_empty(G, B, out)
-    c_n = x.new_empty(G, B, H) if has_c else None
-    c = x.new_empty(*steps, G * H) if problem.all_states and has_c else None
-    _workspace.run(_C.forward, *_layer(problem, inputs), y, h_n, c_n, c, saved)
-    return Outputs(y, h_n, c_n, c, saved)
-
-
-def _backward(
-    problem: Problem,
-    inputs: Inputs,
-    y: Tensor,
-    saved: list[Tensor],
-    grads: Grads,
-    needs: Sequence[bool],
-    samples: int,
-    sample_of_row: Tensor | None = None,
-) -> list[Tensor | None]:
-    """A dense batch, or a packed one: gradients of x, h0, c0, the two states at resets (None), and
-    the weights."""
-    G, B, H, x = problem.G, problem.B, problem.H, inputs.x
-    dx = _empty_like(x) if needs[0] else None
-    dh0 = x.new_empty(G, B, problem.out) if needs[1] else None
-    dc0 = x.new_empty(G, B, H) if needs[2] else None
-    dweights = [
-        None if w is None or not needed
-        else _empty_like(w) if samples == 1
-        else _empty_gradients(problem, w, samples)
-        for w, needed in zip(inputs.weights, needs[5:], strict=True)
-    ]  # fmt: skip
-    states = (dx, dh0, dc0)
-    _workspace.run(
-        _C.backward, *_layer(problem, inputs), y, saved, grads, states, dweights, samples,
-        sample_of_row,
-    )  # fmt: skip
-    if samples > 1 and problem.stacked:
-        dweights = [None if d is None else d.transpose(0, 1) for d in dweights]
-    return [dx, dh0, dc0, None, None, *dweights]
-
 
 def _empty_like(tensor: Tensor) -> Tensor:
     """Contiguous memory; saying so takes torch longer."""
@@ -224,34 +307,6 @@ def _empty_gradients(problem: Problem, weight: Tensor, samples: int) -> Tensor:
     if problem.stacked:
         return weight.new_empty(problem.G, samples, *weight.shape[1:])
     return weight.new_empty(samples, *weight.shape)
-
-
-def _forward_nothing(problem: Problem, inputs: Inputs, saved: list[Tensor]) -> Outputs:
-    """What _forward answers for a batch of no segments."""
-    x, G, H = inputs.x, problem.G, problem.H
-    has_c = problem.cell.states > 1
-    c_n = x.new_empty((G, 0, H)) if has_c else None
-    c = x.new_empty((0, G * H)) if has_c and problem.all_states else None
-    return Outputs(
-        x.new_empty((0, G * problem.out)), x.new_empty((G, 0, problem.out)), c_n, c, saved
-    )
-
-
-def _backward_nothing(
-    problem: Problem,
-    inputs: Inputs,
-    y: Tensor,
-    saved: list[Tensor],
-    grads: Grads,
-    needs: Sequence[bool],
-    samples: int,
-    sample_of_row: Tensor | None = None,
-) -> list[Tensor | None]:
-    """What _backward answers for a batch of no segments."""
-    dh0, dc0 = (y.new_empty((problem.G, 0, width)) for width in (problem.out, problem.H))
-    lead = () if samples == 1 else (samples,)
-    dweights = [None if w is None else w.new_zeros((*lead, *w.shape)) for w in inputs.weights]
-    return [torch.empty_like(inputs.x), dh0, dc0, None, None, *dweights]
 
 
 CPU = _Cpu()
