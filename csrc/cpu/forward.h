@@ -35,7 +35,7 @@ struct ForwardLayout {
     T* h[2];     // [B, Ok] before and after a step, in turn
     T* whole_h;  // [B, Hk] what is projected
     A* c;        // [blocks, B, kUnitPad] initial cell states, and the current ones where they are not saved
-    A* gates_x;  // [row parts][steps of a chunk][blocks, rows, gates, kUnitPad] where the gates are not saved
+    A* gates_x;  // [row parts][panels][gates_rows, panel width] as the product with the input leaves them
   };
   // Where one batch row's vectors lie in one step.
   struct Row {
@@ -46,7 +46,6 @@ struct ForwardLayout {
   struct ThreadBuffers {
     T* x;               // [rows of a chunk, Ik]
     Split<bf16> parts;  // of the rows of a product
-    Strided<A>* gates;  // [rows of a chunk]
     Row* rows;          // [rows of a step]
   };
 
@@ -61,6 +60,7 @@ struct ForwardLayout {
     const Sequence& seq = args.seq;
     const int64_t step_rows = ceil_div(seq.B, plan.row_parts);  // of one thread
     chunk_rows = (plan.chunk < seq.T ? plan.chunk : seq.T) * step_rows;
+    gates_rows = RowBlocks<T>::written(chunk_rows, plan.split_input) | 1;
     for (int g = 0; g < args.G; ++g) {
       const Group& given = args.groups[g];
       GroupBuffers& buffers = group[g];
@@ -74,14 +74,14 @@ struct ForwardLayout {
         buffers.whole_h = arena_.template take<T>(rows * Hk);
       }
       buffers.c = Cell::states > 1 ? arena_.template take<A>(seq.B * Hp) : nullptr;
-      buffers.gates_x = args.gates ? nullptr : arena_.template take<A>(chunk_rows * plan.row_parts * Cell::gates * Hp);
+      const Panels<T>& panels = buffers.ih.panels;
+      buffers.gates_x = arena_.template take<A>(plan.row_parts * panels.count * gates_rows * panels.width());
     }
     const int64_t part = split_size(args, plan, step_rows);
     for (int i = 0; i < plan.threads; ++i) {
       T* const x = arena_.template take<T>((chunk_rows + kRowPad<T>)*Ik);
       bf16* const parts = arena_.template take<bf16>(kParts * part);
-      const ThreadBuffers buffers = {
-          x, {parts, part}, arena_.template take<Strided<A>>(chunk_rows), arena_.template take<Row>(step_rows)};
+      const ThreadBuffers buffers = {x, {parts, part}, arena_.template take<Row>(step_rows)};
       if (i == thread_index) thread = buffers;
     }
   }
@@ -89,6 +89,7 @@ struct ForwardLayout {
 
   int64_t Hp, Hk, Op, Ok, Ik;
   int64_t chunk_rows = 0;  // most of a chunk that one thread has
+  int64_t gates_rows = 0;  // that its product may write; odd, or a step's would all lie in the same sets of a cache
   GroupBuffers group[kMaxGroups];
   ThreadBuffers thread{};
 
@@ -129,7 +130,6 @@ class ForwardScan {
         group_(args.groups[g]),
         buffers_(layout.group[g]),
         x_rows_(layout.thread.x),
-        gates_rows_(layout.thread.gates),
         rows_(layout.thread.rows),
         chunk_(plan.chunk),
         unit_vectors_(plan.panel_vectors),
@@ -137,7 +137,8 @@ class ForwardScan {
         units_(share.units_of(buffers_.hh.panels.count, unit_vectors_ * lanes, layout.Hp)),
         out_units_(args.P ? share.units_of(buffers_.hr.panels.count, buffers_.hr.panels.width(), layout.Op) : units_),
         out_(args.out()),
-        gates_values_(args.gates ? Cell::saved : Cell::gates),
+        panel_width_(buffers_.ih.panels.width()),
+        gates_x_(buffers_.gates_x + share.row_part * buffers_.ih.panels.count * layout.gates_rows * panel_width_),
         gates_(group_matrix<A>(args.gates, g, seq_.N, Cell::saved * layout.Hp)),
         cells_(group_matrix<A>(args.cells, g, seq_.N, layout.Hp)),
         h0_(group_matrix<T>(args.h0, g, seq_.B, out_)),
@@ -156,7 +157,7 @@ class ForwardScan {
       s1 = end_of_chunk(s0);
       input_gates(s0, s1);
       for (int64_t s = s0, row = 0; s < s1; ++s) {
-        row += step(s, gates_rows_ + row);
+        row += step(s, row);
         if (args_.P) project(s);
         finish_rows(group_.step_to_time(s, seq_.T));
         if (s + 1 < seq_.T) share_.sync();
@@ -196,10 +197,10 @@ class ForwardScan {
     for (int64_t u = begin; u < end; ++u) row[u] = T{};
   }
 
-  // Calls body(first row, rows, panel) over a sweep of panels for blocks of rows `ld` apart, tile_ holding their
-  // product.
-  template <class Body>
-  void for_each_block(const Weights<T>& w, const Sweep& sweep, const T* a, int64_t ld, int64_t rows, Body body) {
+  // Calls body(first row, rows, panel) over a sweep of panels for blocks of rows `ld` apart, their product being where
+  // to(first row, panel) says.
+  template <class To, class Body>
+  void for_each_block(const Weights<T>& w, const Sweep& sweep, const T* a, int64_t ld, int64_t rows, To to, Body body) {
     const RowBlocks<T> blocks(rows, w.panels.nv, w.panels.split);
     const LeftRows<T> left = w.left(a, ld, rows, layout_.thread.parts);
     if (rows > 0 && left.parts.data) tiles_.fit(rows);
@@ -207,19 +208,20 @@ class ForwardScan {
       for (int64_t i = 0; i < blocks.count(); ++i) {
         const int64_t j = blocks.begin(i);
         const int n = blocks.size(i);
-        w.multiply(tile_, left, j, n, p, w.panels.ahead(p, p + sweep.stride, i));
+        w.multiply(to(j, p), left, j, n, p, w.panels.ahead(p, p + sweep.stride, i));
         body(j, n, p);
       }
     }
   }
 
-  // Where the gates of my j-th of `count` rows of a step go, whose first is the chunk's `first`-th.
-  Strided<A> gates_row(int64_t t, int64_t first, int64_t count, int64_t j) const {
-    const int64_t width = gates_values_ * layout_.Hp;
-    if (gates_) return strided_row(gates_ + seq_.offset(t) * width, seq_.active(t), share_.row(j), gates_values_);
-    A* const mine = buffers_.gates_x + share_.row_part * layout_.chunk_rows * width;
-    return strided_row(mine + first * width, count, j, gates_values_);
+  // The same, the product of each block being in tile_ while it is the body's turn.
+  template <class Body>
+  void for_each_tile(const Weights<T>& w, const Sweep& sweep, const T* a, int64_t ld, int64_t rows, Body body) {
+    for_each_block(w, sweep, a, ld, rows, [this](int64_t, int64_t) { return tile_.c; }, body);
   }
+
+  // Of my row-th row of the chunk, and of those that follow, panel_width_ apart.
+  A* gates_x(int64_t row, int64_t p) const { return gates_x_ + (p * layout_.gates_rows + row) * panel_width_; }
 
   // As many steps as have no more rows than the chunk of full ones: the thin ones of a packed batch are gathered.
   int64_t end_of_chunk(int64_t s) const {
@@ -239,15 +241,15 @@ class ForwardScan {
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t t = group_.step_to_time(s, seq_.T);
       const int64_t count = share_.count(seq_.active(t));
-      for (int64_t j = 0; j < count; ++j) {
-        if (!gathered) copy_x(rows + j, args_.template x_row<T>(g_, t, share_.row(j)));
-        gates_rows_[rows + j] = gates_row(t, rows, count, j);
+      for (int64_t j = 0; j < count && !gathered; ++j) {
+        copy_x(rows + j, args_.template x_row<T>(g_, t, share_.row(j)));
       }
       rows += count;
     }
     const T* const x = gathered ? args_.template x_row<T>(g_, group_.step_to_time(s0, seq_.T), 0) : x_rows_;
-    for_each_block(buffers_.ih, Sweep(panels_, 0), x, gathered ? args_.x_stride_b : layout_.Ik, rows,
-                   [&](int64_t j, int n, int64_t p) { store_input_gates(gates_rows_ + j, n, p); });
+    for_each_block(
+        buffers_.ih, Sweep(panels_, 0), x, gathered ? args_.x_stride_b : layout_.Ik, rows,
+        [this](int64_t row, int64_t p) { return gates_x(row, p); }, [](int64_t, int, int64_t) {});
   }
 
   // Whether all rows of these steps are mine and follow each other in memory, nothing being read past the last.
@@ -263,33 +265,23 @@ class ForwardScan {
     std::memset(out + args_.I, 0, (layout_.Ik - args_.I) * sizeof(T));
   }
 
-  void store_input_gates(const Strided<A>* rows, int n, int64_t p) const {
-    for (int j = 0; j < unit_vectors_; ++j) {
-      const int64_t u = (p * unit_vectors_ + j) * lanes;
-      if (u >= args_.H) return;
-      for (int r = 0; r < n; ++r) {
-        A* const gates = rows[r].vector(u);
-        for (int k = 0; k < Cell::gates; ++k)
-          store(gates + k * kUnitPad, tile_.at(r, buffers_.ih.panels.nv, j * Cell::gates + k));
-      }
-    }
-  }
-
-  // How many rows of it are mine, whose gates lie where `gates` says.
-  int64_t step(int64_t s, const Strided<A>* gates) {
+  // How many rows of it are mine, of which the first is the chunk's first-th.
+  int64_t step(int64_t s, int64_t first) {
     const int64_t t = group_.step_to_time(s, seq_.T);
     const int64_t rows = share_.count(seq_.active(t));
-    for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(share_.row(j), s, t, gates[j]);
+    for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(share_.row(j), s, t);
     const T* const h = s || h0_ ? buffers_.h[s & 1] + share_.row(0) * layout_.Ok : nullptr;
-    for_each_block(buffers_.hh, Sweep(panels_, s), h, share_.row_parts * layout_.Ok, rows,
-                   [&](int64_t j, int n, int64_t p) { apply_cell(rows_ + j, n, p); });
+    for_each_tile(buffers_.hh, Sweep(panels_, s), h, share_.row_parts * layout_.Ok, rows,
+                  [&](int64_t j, int n, int64_t p) { apply_cell(rows_ + j, n, gates_x(first + j, p), p); });
     return rows;
   }
 
-  typename Layout::Row find_row(int64_t b, int64_t s, int64_t t, const Strided<A>& gates) const {
+  typename Layout::Row find_row(int64_t b, int64_t s, int64_t t) const {
     const int64_t n = seq_.offset(t) + b;
     typename Layout::Row row{};
-    row.gates = gates;
+    if (gates_) {
+      row.gates = strided_row(gates_ + seq_.offset(t) * Cell::saved * layout_.Hp, seq_.active(t), b, Cell::saved);
+    }
     if (args_.P) {
       row.h_after = buffers_.whole_h + b * layout_.Hk;
       row.y = whole_h_ ? whole_h_ + n * args_.G * args_.H : nullptr;
@@ -316,11 +308,11 @@ class ForwardScan {
     return strided_row(cells_ + seq_.offset(t) * layout_.Hp, seq_.active(t), b, 1);
   }
 
-  void apply_cell(const typename Layout::Row* rows, int n, int64_t p) const {
+  void apply_cell(const typename Layout::Row* rows, int n, const A* gates_x, int64_t p) const {
     for (int j = 0; j < unit_vectors_; ++j) {
       const int64_t u = (p * unit_vectors_ + j) * lanes;
       if (u >= args_.H) break;
-      for (int r = 0; r < n; ++r) apply_cell(rows[r], r, j * Cell::gates, u);
+      for (int r = 0; r < n; ++r) apply_cell(rows[r], r, gates_x + r * panel_width_, j * Cell::gates, u);
     }
     if (!gates_ || p + 1 < buffers_.hh.panels.count) return;
     for (int r = 0; r < n; ++r) clear_padding(rows[r]);
@@ -334,11 +326,10 @@ class ForwardScan {
     }
   }
 
-  FASTRNN_INLINE void apply_cell(const typename Layout::Row& row, int r, int v, int64_t u) const {
+  FASTRNN_INLINE void apply_cell(const typename Layout::Row& row, int r, const A* gates_x, int v, int64_t u) const {
     V x[Cell::gates], rec[Cell::gates], state[Cell::states], save[Cell::saved];
-    A* const gates = row.gates.vector(u);
     for (int k = 0; k < Cell::gates; ++k) {
-      x[k] = load(gates + k * kUnitPad);
+      x[k] = load(gates_x + (v + k) * lanes);
       rec[k] = tile_.at(r, buffers_.hh.panels.nv, v + k);
     }
     state[0] = row.h_before ? load(row.h_before + u) : V{};
@@ -351,6 +342,7 @@ class ForwardScan {
       if (row.c) store_first(row.c + u, state[1], args_.H - u);
     }
     if (!gates_) return;
+    A* const gates = row.gates.vector(u);
     for (int k = 0; k < Cell::saved; ++k) store(gates + k * kUnitPad, save[k]);
   }
 
@@ -359,14 +351,14 @@ class ForwardScan {
     share_.sync();
     const int64_t t = group_.step_to_time(s, seq_.T);
     const Panels<T>& panels = buffers_.hr.panels;
-    for_each_block(buffers_.hr, Sweep(share_.panels(panels.count), s), buffers_.whole_h + share_.row(0) * layout_.Hk,
-                   share_.row_parts * layout_.Hk, share_.count(seq_.active(t)), [&](int64_t j, int n, int64_t p) {
-                     for (int r = 0; r < n; ++r) {
-                       const int64_t b = share_.row(j + r);
-                       T* const h = buffers_.h[(s + 1) & 1] + b * layout_.Ok;
-                       store_output(h, y_row(seq_.offset(t) + b), r, p);
-                     }
-                   });
+    for_each_tile(buffers_.hr, Sweep(share_.panels(panels.count), s), buffers_.whole_h + share_.row(0) * layout_.Hk,
+                  share_.row_parts * layout_.Hk, share_.count(seq_.active(t)), [&](int64_t j, int n, int64_t p) {
+                    for (int r = 0; r < n; ++r) {
+                      const int64_t b = share_.row(j + r);
+                      T* const h = buffers_.h[(s + 1) & 1] + b * layout_.Ok;
+                      store_output(h, y_row(seq_.offset(t) + b), r, p);
+                    }
+                  });
   }
 
   void store_output(T* h, T* y, int r, int64_t p) const {
@@ -416,13 +408,12 @@ class ForwardScan {
   const Group& group_;
   const typename Layout::GroupBuffers& buffers_;
   T* x_rows_;
-  Strided<A>* gates_rows_;
   typename Layout::Row* rows_;
   int64_t chunk_;
   int unit_vectors_;
   Range panels_, units_, out_units_;
-  int64_t out_, gates_values_;
-  A *gates_, *cells_;
+  int64_t out_, panel_width_;
+  A *gates_x_, *gates_, *cells_;
   const T *h0_, *c0_;
   T *h_n_, *c_n_, *y_, *c_, *whole_h_;
   Tile<T> tile_;

@@ -295,9 +295,11 @@ template <class T>
 class RowBlocks {
  public:
   RowBlocks(int64_t rows, int nv, bool split = false)
-      : rows_(rows),
-        tiles_(split || (kTiles && kPair<T> == 2)),
-        count_(ceil_div(rows, tiles_ ? kBlockRows : max_rows(nv))) {}
+      : rows_(rows), tiles_(uses_tiles(split)), count_(ceil_div(rows, tiles_ ? kBlockRows : max_rows(nv))) {}
+  // As many rows of C may be written where so many are wanted.
+  static int64_t written(int64_t rows, bool split) {
+    return uses_tiles(split) && rows > kVectorRows ? round_up(rows, kBlockRows) : rows;
+  }
   int64_t count() const { return count_; }
   int64_t begin(int64_t i) const {
     if (tiles_) return i * kBlockRows < rows_ ? i * kBlockRows : rows_;
@@ -315,6 +317,8 @@ class RowBlocks {
   }
 
  private:
+  static constexpr bool uses_tiles(bool split) { return split || (kTiles && kPair<T> == 2); }
+
   int64_t rows_;
   bool tiles_;
   int64_t count_;

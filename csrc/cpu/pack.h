@@ -294,21 +294,21 @@ struct Weights {
     return {a, ld, {}};
   }
 
-  // Up to kMaxRows rows from `row` on.
-  void multiply(Tile<T>& out, const LeftRows<T>& a, int64_t row, int rows, int64_t p, const void* ahead) const {
+  // C of up to kMaxRows rows from `row` on, a panel's width apart.
+  void multiply(Acc<T>* c, const LeftRows<T>& a, int64_t row, int rows, int64_t p, const void* ahead) const {
     const int64_t depth = a.values ? panels.depth : 0, width = panels.width();
     if constexpr (kSplits<T>) {
       if (a.parts.data) {
         return multiply_split(a.parts.from(row * depth), rows, panels.parts(p), depth, panels.nv, panels.panel_bias(p),
-                              0, out.c, width, ahead);
+                              0, c, width, ahead);
       }
     }
     const T* const first = a.values ? a.values + row * a.ld : nullptr;
     if (packed && !panels.split) {
       const Block<T> kernel = RowBlocks<T>::kernel(panels.nv, rows);
-      return kernel(first, a.ld, panels.panel(p), depth, panels.panel_bias(p), 0, out.c, width, ahead);
+      return kernel(first, a.ld, panels.panel(p), depth, panels.panel_bias(p), 0, c, width, ahead);
     }
-    for (int r = 0; r < rows; ++r) multiply_unpacked(out.c + r * width, first ? first + r * a.ld : nullptr, p);
+    for (int r = 0; r < rows; ++r) multiply_unpacked(c + r * width, first ? first + r * a.ld : nullptr, p);
   }
 
  private:
