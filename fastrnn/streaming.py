@@ -12,6 +12,7 @@ from . import functional, ops
 from .backends import Inputs, Outputs, Prepares, choose
 from .cells import CELLS, States
 from .modules import Layers
+from .plain import all_plain
 
 
 def stream(layer: torch.nn.Module, batch_size: int | None = None, hx: Any = None) -> Stream:
@@ -159,4 +160,6 @@ class Stream:
 
 def _stays(weight: Tensor | None) -> bool:
     """Whether a weight is read where it lies, and not a copy or computed for each call."""
-    return weight is None or (type(weight) is torch.nn.Parameter and weight.is_contiguous())
+    if weight is None:
+        return True
+    return type(weight) is torch.nn.Parameter and weight.is_contiguous() and all_plain((weight,))

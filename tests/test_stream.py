@@ -227,3 +227,11 @@ def test_many_streams_of_one_layer() -> None:
     together = [(one(x), other(-x)) for x in xs]
     torch.testing.assert_close(torch.stack([y for y, _ in together]), layer(xs)[0])
     torch.testing.assert_close(torch.stack([y for _, y in together]), layer(-xs)[0])
+
+
+def test_weights_that_are_negated_views() -> None:
+    layer, x = fastrnn.GRU(3, 4), torch.randn(3)
+    expected = fastrnn.stream(layer)(x)
+    for name, weight in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(torch._neg_view(-weight.detach())))
+    torch.testing.assert_close(fastrnn.stream(layer)(x), expected)
