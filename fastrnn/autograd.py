@@ -12,13 +12,11 @@ from . import ops
 from .backends import (
     BACKENDS,
     Backend,
-    Bound,
     Grads,
     Inputs,
     Outputs,
     Problem,
     Recompute,
-    bind,
     by_name,
     choose,
     refusal,
@@ -132,7 +130,7 @@ class Route(NamedTuple):
 
     problem: Problem
     backend: Backend
-    bound: Bound | None = None  # for plain tensors, which nobody watches; None if these may not be
+    plain: bool = False  # for plain tensors, which nobody watches
 
     @classmethod
     def find(cls, problem: Problem, recompute: int, plain: bool) -> Route:
@@ -140,13 +138,13 @@ class Route(NamedTuple):
         backend = choose(problem)
         if recompute and problem.grad and recompute < problem.T:
             backend = _recomputing(backend, recompute, problem)
-        return cls(problem, backend, bind(backend, problem) if plain else None)
+        return cls(problem, backend, plain)
 
     def forward(self, inputs: Inputs, save: bool) -> Outputs:
         """The backend's forward pass, through the operator if anyone watches."""
-        problem, backend, bound = self
-        if bound is not None:
-            return bound.forward(inputs, save)
+        problem, backend, plain = self
+        if plain:
+            return backend.forward(problem, inputs, save)
         return run_forward(backend.name, problem, inputs, save)
 
     def backward(
@@ -158,15 +156,15 @@ class Route(NamedTuple):
         needs: Sequence[bool],
     ) -> Sequence[Tensor | None]:
         """Its backward pass: see :class:`fastrnn.backends.Backend`."""
-        problem, backend, bound = self
+        problem, backend, plain = self
         if (
-            bound is not None
+            plain
             and not torch.is_grad_enabled()
             and not torch._C._is_any_autocast_enabled()
             and not is_watched()
             and all_plain(grads)
         ):
-            return bound.backward(inputs, y, saved, grads, needs, 1)
+            return backend.backward(problem, inputs, y, saved, grads, needs, 1)
         if not torch.compiler.is_compiling() and (
             torch.is_grad_enabled() or any(map(_is_batched, grads))
         ):
@@ -178,17 +176,17 @@ class Route(NamedTuple):
 
 def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer, whose inputs have been checked: y, h_n, c_n and c."""
-    problem, backend, bound = route
+    problem, backend, plain = route
     if backend.differentiable:
         return backend.forward(problem, inputs, False)[:4]
-    if bound is None and torch._C._are_functorch_transforms_active():
+    if not plain and torch._C._are_functorch_transforms_active():
         from . import levels  # which needs this module
 
         return levels.scan(backend.name, problem, inputs)
     if not problem.grad:
         return route.forward(inputs, False)[:4]
     x, batch_sizes, lengths, reset, states, weights = inputs
-    apply = Scan.apply if bound is None else _apply_plain
+    apply = _apply_plain if plain else Scan.apply
     outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = apply(  # type: ignore[no-untyped-call]
         route, x, batch_sizes, lengths, reset, *states, *weights
     )

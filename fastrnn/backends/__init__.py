@@ -14,15 +14,12 @@ from torch.autograd import forward_ad
 
 from .base import (
     Backend,
-    Binds,
-    Bound,
     Grads,
     Inputs,
     Outputs,
     Prepares,
     Problem,
     SavedShape,
-    Unbound,
     Weights,
     check_lengths,
 )
@@ -36,7 +33,6 @@ __all__ = [
     "BACKENDS",
     "REFERENCE",
     "Backend",
-    "Bound",
     "Grads",
     "Inputs",
     "Outputs",
@@ -47,7 +43,6 @@ __all__ = [
     "Weights",
     "asked",
     "backend",
-    "bind",
     "by_name",
     "check_batch_sizes",
     "check_lengths",
@@ -150,11 +145,6 @@ def choose(problem: Problem) -> Backend:
             return candidate
         reasons.append(f"{candidate.name}: {reason}")
     raise RuntimeError("no fastrnn backend serves this layer: " + "; ".join(reasons))
-
-
-def bind(chosen: Backend, problem: Problem) -> Bound:
-    """The backend for this problem, for any number of calls."""
-    return chosen.bind(problem) if isinstance(chosen, Binds) else Unbound(chosen, problem)
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:

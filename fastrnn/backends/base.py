@@ -165,50 +165,6 @@ class Backend(Protocol):
         """Shapes and dtypes of what forward() saves, for tracing; N is the number of rows of x."""
 
 
-class Bound(Protocol):
-    """A backend for one problem, for any number of calls: see :class:`Backend`."""
-
-    def forward(self, inputs: Inputs, save: bool) -> Outputs: ...
-
-    def backward(
-        self,
-        inputs: Inputs,
-        y: Tensor,
-        saved: list[Tensor],
-        grads: Grads,
-        needs: Sequence[bool],
-        samples: int,
-    ) -> Sequence[Tensor | None]: ...
-
-
-@runtime_checkable
-class Binds(Protocol):
-    """A backend that can find out beforehand what follows from the problem alone."""
-
-    def bind(self, problem: Problem) -> Bound: ...
-
-
-class Unbound(NamedTuple):
-    """A backend that cannot, as :class:`Bound`."""
-
-    backend: Backend
-    problem: Problem
-
-    def forward(self, inputs: Inputs, save: bool) -> Outputs:
-        return self.backend.forward(self.problem, inputs, save)
-
-    def backward(
-        self,
-        inputs: Inputs,
-        y: Tensor,
-        saved: list[Tensor],
-        grads: Grads,
-        needs: Sequence[bool],
-        samples: int,
-    ) -> Sequence[Tensor | None]:
-        return self.backend.backward(self.problem, inputs, y, saved, grads, needs, samples)
-
-
 @runtime_checkable
 class Prepares(Protocol):
     """A backend that can do beforehand all but the arithmetic of a forward pass."""

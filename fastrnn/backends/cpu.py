@@ -5,6 +5,7 @@ Everything the kernels write, workspaces included, is allocated here by torch.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Bound, Grads, Inputs, Outputs, Problem, SavedShape
+from .base import Grads, Inputs, Outputs, Problem, SavedShape
 from .segments import packed
 
 try:
@@ -98,11 +99,9 @@ class _Cpu:
             shapes.append(((N, problem.G * problem.H), problem.dtype))
         return shapes
 
-    def bind(self, problem: Problem) -> Bound:
-        return _Cut(problem) if problem.lengths or problem.reset else _Batch(problem)
-
     def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
-        return self.bind(problem).forward(inputs, save)
+        run = _forward_cut if problem.lengths or problem.reset else _forward
+        return run(problem, inputs, save)
 
     def backward(
         self,
@@ -113,8 +112,9 @@ class _Cpu:
         grads: Grads,
         needs: Sequence[bool],
         samples: int,
-    ) -> Sequence[Tensor | None]:
-        return self.bind(problem).backward(inputs, y, saved, grads, needs, samples)
+    ) -> list[Tensor | None]:
+        run = _backward_cut if problem.lengths or problem.reset else _backward
+        return run(problem, inputs, y, saved, grads, needs, samples)
 
     def prepare(self, problem: Problem, inputs: Inputs, outputs: Outputs) -> Callable[[], None]:
         y, h_n, c_n, _, _ = outputs
@@ -130,17 +130,20 @@ class _Shapes(NamedTuple):
     told."""
 
     y: tuple[int, ...]
+    h_n: tuple[int, ...]
+    c_n: tuple[int, ...] | None
     c: tuple[int, ...] | None
     saved: list[tuple[tuple[int, ...], torch.dtype | None]]
 
-    @classmethod
-    def of(cls, problem: Problem, steps: tuple[int, ...]) -> _Shapes:
-        """`steps` is what comes before the last dimension of x."""
-        G, H, dtype = problem.G, problem.H, problem.dtype
-        has_c = problem.all_states and problem.cell.states > 1
-        shapes = CPU.saved_shapes(problem, math.prod(steps))
-        saved = [(shape, None if kind == dtype else kind) for shape, kind in shapes]
-        return cls((*steps, G * problem.out), (*steps, G * H) if has_c else None, saved)
+    def empty(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """y, h_n, c_n and c."""
+        _, _, c_n, c, _ = self
+        return (
+            x.new_empty(self.y),
+            x.new_empty(self.h_n),
+            None if c_n is None else x.new_empty(c_n),
+            None if c is None else x.new_empty(c),
+        )
 
     def empty_saved(self, x: Tensor) -> list[Tensor]:
         return [
@@ -149,149 +152,123 @@ class _Shapes(NamedTuple):
         ]
 
 
-class _Batch:
-    """A dense batch, or a packed one."""
+@functools.lru_cache(maxsize=4096)  # finding them takes as long as a small kernel
+def _shapes(problem: Problem, steps: tuple[int, ...]) -> _Shapes:
+    """`steps` is what comes before the last dimension of x."""
+    G, B, H, dtype = problem.G, problem.B, problem.H, problem.dtype
+    has_c = problem.cell.states > 1
+    shapes = CPU.saved_shapes(problem, math.prod(steps))
+    return _Shapes(
+        (*steps, G * problem.out),
+        (G, B, problem.out),
+        (G, B, H) if has_c else None,
+        (*steps, G * H) if has_c and problem.all_states else None,
+        [(shape, None if kind == dtype else kind) for shape, kind in shapes],
+    )
 
-    def __init__(self, problem: Problem) -> None:
-        G, B = problem.G, problem.B
-        self._problem = problem
-        self._cell = _CELLS[problem.cell.name][0]
-        self._h = (G, B, problem.out)
-        self._c = (G, B, problem.H)
-        self._has_c = problem.cell.states > 1
-        self._dense = None if problem.packed else _Shapes.of(problem, (problem.T, B))
 
-    def forward(self, inputs: Inputs, save: bool, room: list[Tensor] | None = None) -> Outputs:
-        """`room` is where to save, if that is there already."""
-        x, batch_sizes, _, _, (h0, c0, _, _), weights = inputs
-        problem, shapes = self._problem, self._dense or _Shapes.of(self._problem, x.shape[:1])
-        y, h_n = x.new_empty(shapes.y), x.new_empty(self._h)
-        c_n = x.new_empty(self._c) if self._has_c else None
-        c = None if shapes.c is None else x.new_empty(shapes.c)
-        if room is None:
-            room = shapes.empty_saved(x) if save else []
+def _steps_of(problem: Problem, x: Tensor) -> tuple[int, ...]:
+    return x.shape[:1] if problem.packed else (problem.T, problem.B)
+
+
+def _forward(
+    problem: Problem, inputs: Inputs, save: bool, room: list[Tensor] | None = None
+) -> Outputs:
+    """Of a dense batch, or of a packed one, which may be one of no steps. `room` is where to save,
+    if that is there already."""
+    x, batch_sizes, _, _, (h0, c0, _, _), weights = inputs
+    shapes = _shapes(problem, _steps_of(problem, x))
+    y, h_n, c_n, c = shapes.empty(x)
+    if room is None:
+        room = shapes.empty_saved(x) if save else []
+    if problem.T:
         _workspace.run(
-            _C.forward, self._cell, torch.get_num_threads(), problem.reverse, problem.B,
-            x, batch_sizes, h0, c0, weights, y, h_n, c_n, c, room,
+            _C.forward, _CELLS[problem.cell.name][0], torch.get_num_threads(), problem.reverse,
+            problem.B, x, batch_sizes, h0, c0, weights, y, h_n, c_n, c, room,
         )  # fmt: skip
-        return Outputs(y, h_n, c_n, c, room)
+    return Outputs(y, h_n, c_n, c, room)
 
-    def backward(
-        self,
-        inputs: Inputs,
-        y: Tensor,
-        saved: list[Tensor],
-        grads: Grads,
-        needs: Sequence[bool],
-        samples: int,
-        sample_of_row: Tensor | None = None,
-    ) -> list[Tensor | None]:
-        """No gradients of states at resets, which are cuts of a batch."""
-        x, batch_sizes, _, _, (h0, c0, _, _), weights = inputs
-        problem = self._problem
-        dx = _empty_like(x) if needs[0] else None
-        dh0 = x.new_empty(self._h) if needs[1] else None
-        dc0 = x.new_empty(self._c) if needs[2] else None
-        dweights = [
-            None if w is None or not needed
-            else _empty_like(w) if samples == 1
-            else _empty_gradients(problem, w, samples)
-            for w, needed in zip(weights, needs[5:], strict=True)
-        ]  # fmt: skip
+
+def _backward(
+    problem: Problem,
+    inputs: Inputs,
+    y: Tensor,
+    saved: list[Tensor],
+    grads: Grads,
+    needs: Sequence[bool],
+    samples: int,
+    sample_of_row: Tensor | None = None,
+) -> list[Tensor | None]:
+    """No gradients of states at resets, which are cuts of a batch."""
+    x, batch_sizes, _, _, (h0, c0, _, _), weights = inputs
+    shapes = _shapes(problem, _steps_of(problem, x))
+    dx = _empty_like(x) if needs[0] else None
+    dh0 = x.new_empty(shapes.h_n) if needs[1] else None
+    dc0 = x.new_empty(shapes.c_n) if needs[2] and shapes.c_n is not None else None
+    dweights = [
+        None if w is None or not needed
+        else _empty_like(w) if samples == 1
+        else _empty_gradients(problem, w, samples)
+        for w, needed in zip(weights, needs[5:], strict=True)
+    ]  # fmt: skip
+    if problem.T:
         _workspace.run(
-            _C.backward, self._cell, torch.get_num_threads(), problem.reverse, problem.B,
-            x, batch_sizes, h0, c0, weights, y, saved, grads, (dx, dh0, dc0), dweights,
+            _C.backward, _CELLS[problem.cell.name][0], torch.get_num_threads(), problem.reverse,
+            problem.B, x, batch_sizes, h0, c0, weights, y, saved, grads, (dx, dh0, dc0), dweights,
             samples, sample_of_row,
         )  # fmt: skip
-        if samples > 1 and problem.stacked:
-            dweights = [None if d is None else d.transpose(0, 1) for d in dweights]
-        return [dx, dh0, dc0, None, None, *dweights]
+    else:
+        dweights = [None if d is None else d.zero_() for d in dweights]
+    if samples > 1 and problem.stacked:
+        dweights = [None if d is None else d.transpose(0, 1) for d in dweights]
+    return [dx, dh0, dc0, None, None, *dweights]
 
 
-class _Nothing:
-    """A batch of no segments."""
-
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-
-    def forward(self, inputs: Inputs, save: bool, room: list[Tensor]) -> Outputs:
-        problem, x = self._problem, inputs.x
-        shapes, has_c = _Shapes.of(problem, (0,)), problem.cell.states > 1
-        return Outputs(
-            x.new_empty(shapes.y),
-            x.new_empty((problem.G, 0, problem.out)),
-            x.new_empty((problem.G, 0, problem.H)) if has_c else None,
-            None if shapes.c is None else x.new_empty(shapes.c),
-            room,
-        )
-
-    def backward(
-        self,
-        inputs: Inputs,
-        y: Tensor,
-        saved: list[Tensor],
-        grads: Grads,
-        needs: Sequence[bool],
-        samples: int,
-        sample_of_row: Tensor | None = None,
-    ) -> list[Tensor | None]:
-        problem = self._problem
-        dh0, dc0 = (y.new_empty((problem.G, 0, width)) for width in (problem.out, problem.H))
-        lead = () if samples == 1 else (samples,)
-        dweights = [None if w is None else w.new_zeros((*lead, *w.shape)) for w in inputs.weights]
-        return [torch.empty_like(inputs.x), dh0, dc0, None, None, *dweights]
+def _forward_cut(problem: Problem, inputs: Inputs, save: bool) -> Outputs:
+    """Of a batch with lengths or resets: that of the packed batch of its segments."""
+    T, B, x = problem.T, problem.B, inputs.x
+    ours, given, cuts = packed(problem, inputs)
+    room = _shapes(problem, (T, B)).empty_saved(x) if save else []  # whatever the cuts are
+    y, h_n, c_n, c, _ = _forward(ours, given, save, room)
+    return Outputs(
+        cuts.scatter(y, T, B),
+        cuts.final(problem, h_n, inputs.h0),
+        None if c_n is None else cuts.final(problem, c_n, inputs.c0),
+        None if c is None else cuts.scatter(c, T, B),
+        room,
+    )
 
 
-class _Cut:
-    """A batch with lengths or resets: the packed batch of its segments."""
-
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._shapes = _Shapes.of(problem, (problem.T, problem.B))
-
-    def forward(self, inputs: Inputs, save: bool) -> Outputs:
-        problem = self._problem
-        ours, given, cuts = packed(problem, inputs)
-        room = self._shapes.empty_saved(inputs.x) if save else []  # whatever the cuts are
-        y, h_n, c_n, c, _ = (_Batch if ours.T else _Nothing)(ours).forward(given, save, room)
-        return Outputs(
-            cuts.scatter(y, problem.T, problem.B),
-            cuts.final(problem, h_n, inputs.h0),
-            None if c_n is None else cuts.final(problem, c_n, inputs.c0),
-            None if c is None else cuts.scatter(c, problem.T, problem.B),
-            room,
-        )
-
-    def backward(
-        self,
-        inputs: Inputs,
-        y: Tensor,
-        saved: list[Tensor],
-        grads: Grads,
-        needs: Sequence[bool],
-        samples: int,
-    ) -> list[Tensor | None]:
-        problem = self._problem
-        ours, given, cuts = packed(problem, inputs)
-        dy, d_every_c = (None if d is None else cuts.gather(d) for d in (grads.y, grads.c))
-        dh_n, dc_n = (cuts.final_gradient(problem, d) for d in (grads.h_n, grads.c_n))
-        h_wanted, c_wanted = needs[1] or needs[3], needs[2] or needs[4]
-        dx, dh, dc, _, _, *dweights = (_Batch if ours.T else _Nothing)(ours).backward(
-            given,
-            cuts.gather(y),
-            saved,
-            Grads(dy, dh_n, dc_n, d_every_c),
-            (needs[0], h_wanted, c_wanted, False, False, *needs[5:]),
-            samples,
-            None if samples == 1 else cuts.rows % problem.B // (problem.B // samples),
-        )
-        h_grads = (None, None) if dh is None else cuts.initial_gradient(problem, dh, grads.h_n)
-        c_grads = (None, None) if dc is None else cuts.initial_gradient(problem, dc, grads.c_n)
-        if dx is not None:
-            dx = cuts.scatter(dx, problem.T, problem.B)
-        states = chain.from_iterable(zip(h_grads, c_grads, strict=True))
-        each = zip((dx, *states, *dweights), needs, strict=True)
-        return [d if needed else None for d, needed in each]
+def _backward_cut(
+    problem: Problem,
+    inputs: Inputs,
+    y: Tensor,
+    saved: list[Tensor],
+    grads: Grads,
+    needs: Sequence[bool],
+    samples: int,
+) -> list[Tensor | None]:
+    ours, given, cuts = packed(problem, inputs)
+    dy, d_every_c = (None if d is None else cuts.gather(d) for d in (grads.y, grads.c))
+    dh_n, dc_n = (cuts.final_gradient(problem, d) for d in (grads.h_n, grads.c_n))
+    h_wanted, c_wanted = needs[1] or needs[3], needs[2] or needs[4]
+    dx, dh, dc, _, _, *dweights = _backward(
+        ours,
+        given,
+        cuts.gather(y),
+        saved,
+        Grads(dy, dh_n, dc_n, d_every_c),
+        (needs[0], h_wanted, c_wanted, False, False, *needs[5:]),
+        samples,
+        None if samples == 1 else cuts.rows % problem.B // (problem.B // samples),
+    )
+    h_grads = (None, None) if dh is None else cuts.initial_gradient(problem, dh, grads.h_n)
+    c_grads = (None, None) if dc is None else cuts.initial_gradient(problem, dc, grads.c_n)
+    if dx is not None:
+        dx = cuts.scatter(dx, problem.T, problem.B)
+    states = chain.from_iterable(zip(h_grads, c_grads, strict=True))
+    each = zip((dx, *states, *dweights), needs, strict=True)
+    return [d if needed else None for d, needed in each]
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
