@@ -21,7 +21,7 @@ from .backends import (
     choose,
     refusal,
 )
-from .plain import all_plain, is_watched
+from .plain import all_plain, is_watched, signature
 
 
 class Scan(torch.autograd.Function):
@@ -74,18 +74,19 @@ class Scan(torch.autograd.Function):
 _apply_plain = super(torch.autograd.Function, Scan).apply
 
 
-def run_forward(backend: str, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
+def run_forward(backend: Backend, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
     """A backend's forward pass, through the operator if anyone watches."""
     if not is_watched() and all_plain(_tensors(inputs)):
-        return by_name(backend).forward(problem, inputs, save)
+        return backend.forward(problem, inputs, save)
     tensors = torch.ops.fastrnn.forward.default(
-        problem.cell.name, backend, *inputs, problem.reverse, problem.B, save, problem.all_states
-    )
+        problem.cell.name, backend.name, *inputs, problem.reverse, problem.B, save,
+        problem.all_states,
+    )  # fmt: skip
     return ops.structured(problem, tensors)
 
 
 def run_backward(
-    backend: str,
+    backend: Backend,
     problem: Problem,
     inputs: Inputs,
     y: Tensor,
@@ -97,11 +98,11 @@ def run_backward(
     """A backend's backward pass, through the operator if anyone watches: the needed gradients."""
     if not is_watched() and all_plain((*_tensors(inputs), *grads, y, *saved)):
         with torch._C._DisableAutocast():
-            found = by_name(backend).backward(problem, inputs, y, saved, grads, needs, samples)
+            found = backend.backward(problem, inputs, y, saved, grads, needs, samples)
         return [d for d in found if d is not None]
     needed: list[Tensor] = torch.ops.fastrnn.backward.default(
-        problem.cell.name, backend, *inputs, problem.reverse, problem.B, y, saved, grads, needs,
-        samples,
+        problem.cell.name, backend.name, *inputs, problem.reverse, problem.B, y, saved, grads,
+        needs, samples,
     )  # fmt: skip
     return needed
 
@@ -140,12 +141,18 @@ class Route(NamedTuple):
             backend = _recomputing(backend, recompute, problem)
         return cls(problem, backend, plain)
 
+    @classmethod
+    def below(cls, problem: Problem, backend: Backend, inputs: Inputs) -> Route:
+        """Of inputs that no transform of torch.func wraps any more, by way of a backend that is
+        chosen already."""
+        return cls(problem, backend, signature(_tensors(inputs)) is not None)
+
     def forward(self, inputs: Inputs, save: bool) -> Outputs:
         """The backend's forward pass, through the operator if anyone watches."""
         problem, backend, plain = self
         if plain:
             return backend.forward(problem, inputs, save)
-        return run_forward(backend.name, problem, inputs, save)
+        return run_forward(backend, problem, inputs, save)
 
     def backward(
         self,
@@ -154,6 +161,7 @@ class Route(NamedTuple):
         saved: list[Tensor],
         grads: Grads,
         needs: Sequence[bool],
+        samples: int = 1,
     ) -> Sequence[Tensor | None]:
         """Its backward pass: see :class:`fastrnn.backends.Backend`."""
         problem, backend, plain = self
@@ -164,13 +172,14 @@ class Route(NamedTuple):
             and not is_watched()
             and all_plain(grads)
         ):
-            return backend.backward(problem, inputs, y, saved, grads, needs, 1)
+            return backend.backward(problem, inputs, y, saved, grads, needs, samples)
         if not torch.compiler.is_compiling() and (
             torch.is_grad_enabled() or any(map(_is_batched, grads))
         ):
             return _plain_backward(problem, inputs, grads, needs)
         with torch.no_grad():
-            found = iter(run_backward(backend.name, problem, inputs, y, saved, grads, needs))
+            given = run_backward(backend, problem, inputs, y, saved, grads, needs, samples)
+        found = iter(given)
         return [next(found) if needed else None for needed in needs]
 
 
@@ -182,7 +191,7 @@ def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, T
     if not plain and torch._C._are_functorch_transforms_active():
         from . import levels  # which needs this module
 
-        return levels.scan(backend.name, problem, inputs)
+        return levels.scan(backend, problem, inputs)
     if not problem.grad:
         return route.forward(inputs, False)[:4]
     x, batch_sizes, lengths, reset, states, weights = inputs
@@ -191,14 +200,6 @@ def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, T
         route, x, batch_sizes, lengths, reset, *states, *weights
     )
     return outputs
-
-
-def run(
-    backend: str, problem: Problem, inputs: Inputs
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Run what :func:`scan` was given, of inputs that no transform wraps any more."""
-    problem = problem._replace(grad=wants_gradients(inputs))
-    return scan(Route(problem, by_name(backend)), inputs)
 
 
 def wants_gradients(inputs: Inputs) -> bool:

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
 from .autograd import Route, scan, wants_gradients
-from .backends import Inputs, Weights, asked, check_batch_sizes, check_lengths
+from .backends import Inputs, Weights, asked, check_batch_sizes, check_lengths, transforms_refusal
 from .cells import CELLS, Cell, States
 from .ops import describe
-from .plain import signature
+from .plain import signature, wrapped
 
 # The routes of calls that have passed the checks. What has the same dtypes, devices and shapes
 # passes too, and goes the same way: finding that out takes longer than a small layer.
@@ -191,9 +191,11 @@ def _route(
     where what depends on values had to be checked before; the states are as they were given."""
     x, batch_sizes, lengths, reset, _, weights = inputs
     kind, (states, reset_states) = CELLS[cell], given
-    read = signature(
-        (x, batch_sizes, lengths, reset, *(states or ()), *(reset_states or ()), *weights)
-    )
+    tensors = (x, batch_sizes, lengths, reset, *(states or ()), *(reset_states or ()), *weights)
+    read: object = signature(tensors)
+    plain = read is not None
+    if not plain and transforms_refusal() is None:
+        read = wrapped(tensors)
     grad = wants_gradients(inputs)
     key = (
         kind, reverse, all_states, recompute, check is None, grad, asked(), batch, len(weights),
@@ -205,7 +207,7 @@ def _route(
     if route is not None:
         # On a GPU backends look at more: torch's settings of precision, the state of the device.
         on_cpu = route.problem.device.type == "cpu"
-        return route if on_cpu else Route.find(route.problem, recompute, True)
+        return route if on_cpu else Route.find(route.problem, recompute, plain)
     if check is not None:
         check(x, states, weights, batch_sizes)
     if batch is None:
@@ -214,7 +216,7 @@ def _route(
     _check_states(kind, x, states, (len(reverse), batch), sizes, "hidden")
     _check_states(kind, x, reset_states, (len(reverse), batch), sizes, "reset")
     problem = describe(cell, inputs, reverse, batch, all_states, grad)
-    route = Route.find(problem, recompute, read is not None)
+    route = Route.find(problem, recompute, plain)
     if read is not None:
         _remember(key, route)
     return route

@@ -25,20 +25,21 @@ from torch._C._functorch import (
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from . import ops
-from .autograd import run, run_backward, run_forward
-from .backends import Grads, Inputs, Problem, by_name
+from . import autograd, ops
+from .autograd import Route, wants_gradients
+from .backends import Backend, Grads, Inputs, Problem
 from .members import Call, Dims, Members, as_inputs
 from .transforms import Backward, Forward, plain_gradients
 
 
 def scan(
-    backend: str, problem: Problem, inputs: Inputs
+    backend: Backend, problem: Problem, inputs: Inputs
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer under torch.func's transforms: y, h_n, c_n and c."""
     level = _innermost()
     if level is None:
-        return run(backend, problem, inputs)
+        problem = problem._replace(grad=wants_gradients(inputs))
+        return autograd.scan(Route.below(problem, backend, inputs), inputs)
     kind, found = level.key(), None
     if kind == TransformType.Vmap:
         found = _scan_members(backend, problem, inputs, level)
@@ -59,7 +60,7 @@ def scan(
 
 
 def _scan_members(
-    backend: str, problem: Problem, inputs: Inputs, level: CInterpreter
+    backend: Backend, problem: Problem, inputs: Inputs, level: CInterpreter
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
     """One call for all members of the innermost transform, a vmap; None where it cannot serve them.
 
@@ -79,18 +80,19 @@ def _scan_members(
     return _wrap_members(parts, members.axes, number)  # type: ignore[no-any-return]
 
 
-def _members_on(backend: str, level: CInterpreter, problem: Problem, dims: Dims) -> Members | None:
+def _members_on(
+    backend: Backend, level: CInterpreter, problem: Problem, dims: Dims
+) -> Members | None:
     """The members of a vmap as a call that the backend serves, if there is one."""
     members = Members.of(CVmapInterpreterPtr(level).batchSize(), problem, dims)
     if members is None:
         return None
-    serves = by_name(backend)
     # No transform of torch's shall see stacked weights.
     if members.groups and len(get_interpreter_stack() or ()) == 1:
-        stacked = members.stack()
-        if not serves.supports(stacked.problem):
+        stacked = members.with_stacks
+        if not backend.supports(stacked.problem):
             return stacked
-    return None if serves.supports(members.problem) else members
+    return None if backend.supports(members.problem) else members
 
 
 def _innermost() -> CInterpreter | None:  # torch does not tell that there may be none
@@ -189,7 +191,7 @@ class _Pulled(_SingleLevelFunction):
 
 
 def _scan_differentiated(
-    backend: str, problem: Problem, inputs: Inputs, number: int
+    backend: Backend, problem: Problem, inputs: Inputs, number: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
     """The call under the innermost transform, which differentiates it; None where another one, or
     autograd outside of all, does so too, or where the vmaps around it do not fold into one call."""
@@ -222,12 +224,12 @@ def _forward_and_pull(
     level = _innermost()
     if level is None:
         inputs = as_inputs(tensors)
-        y, h_n, c_n, c, saved = run_forward(call.backend, call.problem, inputs, True)
+        route = Route.below(call.problem, call.backend, inputs)
+        y, h_n, c_n, c, saved = route.forward(inputs, True)
 
         def pull_kernel(call: Call, grads: Grads) -> Sequence[Tensor]:
-            return run_backward(
-                call.backend, call.problem, inputs, y, saved, grads, call.needs, call.samples
-            )
+            found = route.backward(inputs, y, saved, grads, call.needs, call.samples)
+            return [d for d in found if d is not None]
 
         return (y, h_n, c_n, c), pull_kernel
     number = level.level()

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import Inputs, Problem
+from .backends import Backend, Inputs, Problem
 
-Dims = Sequence[int | None]  # of each tensor, the axis that a vmap has hidden
+Dims = tuple[int | None, ...]  # of each tensor, the axis that a vmap has hidden
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Call:
         samples: of the backward pass, blocks of rows that get weights' gradients of their own.
     """
 
-    backend: str
+    backend: Backend
     problem: Problem
     needs: tuple[bool, ...] = ()
     samples: int = 1
@@ -52,6 +52,7 @@ class Members:
     stacked: bool = False  # a weight of all members stays one tensor
 
     @classmethod
+    @lru_cache(maxsize=1024)
     def of(cls, V: int, problem: Problem, dims: Dims) -> Members | None:
         """None where one call cannot serve them."""
         x, _, lengths, reset = dims[:4]
@@ -60,7 +61,8 @@ class Members:
             return None
         return cls(V, problem, groups, groups and (problem.grouped or x is not None))
 
-    def stack(self) -> Members:
+    @cached_property
+    def with_stacks(self) -> Members:
         """The same with stacked weights, where they can be."""
         return replace(self, stacked=self.groups and self.V > 1 and self.one.G == 1)
 

@@ -32,6 +32,18 @@ def signature(tensors: tuple[Tensor | None, ...]) -> bytes | None:
     return _C.signature(tensors)
 
 
+def wrapped(tensors: tuple[Tensor | None, ...]) -> tuple[object, ...] | None:
+    """The same of tensors some of which torch.func's transforms wrap; None without transforms."""
+    if (
+        not torch._C._are_functorch_transforms_active()
+        or is_watched()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    return tuple(None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors)
+
+
 def is_watched() -> bool:
     """Whether torch compiles, or anybody watches the dispatcher: no kernel may read memory then."""
     return bool(

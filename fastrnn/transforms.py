@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from . import ops
 from .autograd import run_backward, run_forward
-from .backends import REFERENCE, Grads, Inputs, Outputs, Problem, by_name
+from .backends import REFERENCE, Grads, Inputs, Outputs, Problem
 from .members import Call, Dims, Members, as_inputs, unflatten
 
 
@@ -235,7 +235,7 @@ def _parts(call: Call) -> Iterator[tuple[slice, Problem]]:
     Raises:
         RuntimeError: it does not serve one alone.
     """
-    problem, backend = call.problem, by_name(call.backend)
+    problem, backend = call.problem, call.backend
     G = problem.G
     for runs in range(1, G + 1):
         size = -(-G // runs)
@@ -243,7 +243,7 @@ def _parts(call: Call) -> Iterator[tuple[slice, Problem]]:
         if reason is None:
             break
     else:
-        raise RuntimeError(f"fastrnn backend {call.backend!r} refuses what vmap made: {reason}")
+        raise RuntimeError(f"fastrnn backend {backend.name!r} refuses what vmap made: {reason}")
     for start in range(0, G, size):
         here = slice(start, min(start + size, G))
         yield here, _part(problem, here)

@@ -48,6 +48,7 @@ __all__ = [
     "check_lengths",
     "choose",
     "refusal",
+    "transforms_refusal",
 ]
 
 BACKENDS: list[Backend] = [CPU, CUDA, TRITON, REFERENCE]
@@ -102,10 +103,9 @@ asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def refusal(candidate: Backend, problem: Problem) -> str | None:
     """None if `candidate` serves the problem here and now, or its reason."""
     if not candidate.differentiable:
-        if torch._C._are_functorch_transforms_active():
-            reason = _transforms_refusal()
-            if reason is not None:
-                return reason
+        reason = transforms_refusal()
+        if reason is not None:
+            return reason
         if forward_ad._current_level >= 0:
             return "forward-mode differentiation is active, and the kernels have none"
         if torch._C._get_tracing_state() is not None:
@@ -116,8 +116,11 @@ def refusal(candidate: Backend, problem: Problem) -> str | None:
     return reason
 
 
-def _transforms_refusal() -> str | None:
-    """Why the kernels, which :mod:`fastrnn.levels` runs, do not serve what is active."""
+def transforms_refusal() -> str | None:
+    """Why the kernels, which :mod:`fastrnn.levels` runs, do not serve what of torch.func is active;
+    None if they do."""
+    if not torch._C._are_functorch_transforms_active():
+        return None
     if torch.compiler.is_compiling():
         return "a torch.func transform is being compiled, which needs plain torch operations"
     for level in get_interpreter_stack() or ():
