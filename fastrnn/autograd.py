@@ -132,6 +132,8 @@ class Route(NamedTuple):
     problem: Problem
     backend: Backend
     plain: bool = False  # for plain tensors, which nobody watches
+    # On a GPU backends look at more: torch's settings of precision, the state of the device.
+    settled: bool = False  # nothing but the problem decides who serves it
 
     @classmethod
     def find(cls, problem: Problem, recompute: int, plain: bool) -> Route:
@@ -139,7 +141,7 @@ class Route(NamedTuple):
         backend = choose(problem)
         if recompute and problem.grad and recompute < problem.T:
             backend = _recomputing(backend, recompute, problem)
-        return cls(problem, backend, plain)
+        return cls(problem, backend, plain, problem.device.type == "cpu")
 
     @classmethod
     def below(cls, problem: Problem, backend: Backend, inputs: Inputs) -> Route:
@@ -149,7 +151,7 @@ class Route(NamedTuple):
 
     def forward(self, inputs: Inputs, save: bool) -> Outputs:
         """The backend's forward pass, through the operator if anyone watches."""
-        problem, backend, plain = self
+        problem, backend, plain, _ = self
         if plain:
             return backend.forward(problem, inputs, save)
         return run_forward(backend, problem, inputs, save)
@@ -164,7 +166,7 @@ class Route(NamedTuple):
         samples: int = 1,
     ) -> Sequence[Tensor | None]:
         """Its backward pass: see :class:`fastrnn.backends.Backend`."""
-        problem, backend, plain = self
+        problem, backend, plain, _ = self
         if (
             plain
             and not torch.is_grad_enabled()
@@ -185,7 +187,7 @@ class Route(NamedTuple):
 
 def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer, whose inputs have been checked: y, h_n, c_n and c."""
-    problem, backend, plain = route
+    problem, backend, plain, _ = route
     if backend.differentiable:
         return backend.forward(problem, inputs, False)[:4]
     if not plain and torch._C._are_functorch_transforms_active():

@@ -205,9 +205,7 @@ def _route(
     )  # fmt: skip
     route = None if read is None else _checked.get(key)
     if route is not None:
-        # On a GPU backends look at more: torch's settings of precision, the state of the device.
-        on_cpu = route.problem.device.type == "cpu"
-        return route if on_cpu else Route.find(route.problem, recompute, plain)
+        return route if route.settled else Route.find(route.problem, recompute, plain)
     if check is not None:
         check(x, states, weights, batch_sizes)
     if batch is None:

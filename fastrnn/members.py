@@ -190,6 +190,8 @@ class Members:
     def _spread(self, tensor: Tensor, dim: int | None, axis: int) -> Tensor:
         """The members at `axis`, also of a tensor that they share."""
         if dim is not None:
+            if abs(dim - axis) == 1:
+                return tensor.transpose(dim, axis)  # which takes torch less time
             return tensor if dim == axis else tensor.movedim(dim, axis)
         shape = tensor.shape
         return tensor.unsqueeze(axis).expand(*shape[:axis], self.V, *shape[axis:])
