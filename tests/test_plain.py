@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
 from fastrnn import functional
-from fastrnn.plain import all_plain, signature
+from fastrnn.cells import Cell
+from fastrnn.plain import all_plain, signature, wrapped
 
 _C = pytest.importorskip("fastrnn._C")
 
@@ -117,6 +119,46 @@ def test_no_signature_inside_transforms() -> None:
 
     torch.vmap(look)(torch.zeros(2, 3))
     assert found == [None]
+
+
+def test_checks_run_once_for_what_transforms_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[torch.Size] = []
+
+    def check(cell: Cell, x: Tensor, *others: Any) -> tuple[int, int]:
+        checked.append(x.shape)
+        return run(cell, x, *others)
+
+    run = functional._check_weights
+    monkeypatch.setattr(functional, "_checked", {})
+    monkeypatch.setattr(functional, "_check_weights", check)
+    layer = fastrnn.GRU(3, 4)
+    for members in (2, 6):
+        torch.vmap(lambda x: layer(x)[0])(torch.randn(members, 5, 2, 3))
+    assert checked == [(5, 2, 3)]
+    with pytest.raises(RuntimeError, match="must be equal to input_size"):
+        torch.vmap(layer)(torch.randn(2, 5, 2, 4))
+    with pytest.raises(ValueError, match="does not match weight dtype"):
+        torch.vmap(layer)(torch.randn(2, 5, 2, 3).double())
+
+
+def test_wrappers_are_told_apart() -> None:
+    found = []
+
+    def look(x: Tensor) -> Tensor:
+        found.append(wrapped((x, None)))
+        return x.sum()
+
+    for x in (torch.zeros(2, 3), torch.ones(5, 3), torch.zeros(2, 4), torch.zeros(2, 3).double()):
+        torch.vmap(look)(x)
+    first, again, wider, double = found
+    assert None not in found[:4]
+    assert first == again
+    assert len({first, wider, double}) == 3
+    for watch in list(WATCHES.values())[:3]:
+        with watch():
+            torch.vmap(look)(torch.zeros(2, 3))
+    assert found[4:] == [None] * 3
+    assert wrapped((torch.zeros(2),)) is None
 
 
 def negated(tensor: Tensor) -> Tensor:

@@ -167,7 +167,9 @@ def test_gradients_are_those_of_a_loop(cell: str, backend: str, own: str, case: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("own", ["inputs", "x and weights"])
 @pytest.mark.parametrize(
-    "case", [Case(7, 3, 5, 19, reverse=(False, True)), Case(9, 1, 33, 16)], ids=str
+    "case",
+    [Case(7, 3, 5, 19, reverse=(False, True)), Case(9, 1, 33, 16), Case(45, 3, 33, 19)],
+    ids=str,
 )
 def test_error_within_budget(
     cell: str, backend: str, dtype: torch.dtype, own: str, case: Case
@@ -629,8 +631,9 @@ def test_what_needs_plain_torch(cell: str) -> None:
     for reason, call in calls.items():
         with fastrnn.backend(None):
             call()
-        with using("cpu"):
+        with using("cpu"):  # which is remembered of these shapes, but not for those transforms
             layer(x, *weights)
+            vmap(of_x)(x.expand(2, *x.shape))
         with fastrnn.backend("cpu"), pytest.raises(RuntimeError, match=f"refuses: .*{reason}"):
             call()
 

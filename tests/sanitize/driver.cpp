@@ -69,6 +69,8 @@ const std::vector<Shape>& shapes() {
       {4, 7, 5, 21, {false, true}, {4, 3, 1, 0, 0, 0, 0}},
       {2, 3, 5, 21, {true, false}, {1, 1, 0}, true, false},
       {5, 6, 7, 18, {false, true, false}, {}, true, true, Layout::batch_first, true},
+      {5, 26, 7, 18, {true, false}, {}, true, true, Layout::batch_first, true},
+      {4, 97, 6, 20, {true}},
       {1, 3, 70, 9, {false, true}, {}, false, false, Layout::padded_rows, true},
       {1, 2, 5, 21, {false, true}, {}, true, false, Layout::dense, false, 7},
       {4, 35, 5, 70, {false}, {}, true, true, Layout::dense, false, 33},
