@@ -115,7 +115,7 @@ def _is_batched(grad: Tensor | None) -> bool:
 
 
 def _plain_backward(
-    problem: Problem, inputs: Inputs, grads: Grads, needs: Sequence[bool]
+    problem: Problem, inputs: Inputs, grads: Grads, needs: Sequence[bool], samples: int
 ) -> Sequence[Tensor | None]:
     """Gradients through the plain torch backend, which runs the layer again.
 
@@ -123,7 +123,7 @@ def _plain_backward(
     vectorized Jacobians), which have no memory that a kernel could read, pass through it.
     """
     plain = next(b for b in BACKENDS if b.differentiable)
-    return plain.backward(problem, inputs, inputs.x, [], grads, needs, 1)
+    return plain.backward(problem, inputs, inputs.x, [], grads, needs, samples)
 
 
 class Route(NamedTuple):
@@ -178,7 +178,7 @@ class Route(NamedTuple):
         if not torch.compiler.is_compiling() and (
             torch.is_grad_enabled() or any(map(_is_batched, grads))
         ):
-            return _plain_backward(problem, inputs, grads, needs)
+            return _plain_backward(problem, inputs, grads, needs, samples)
         with torch.no_grad():
             given = run_backward(backend, problem, inputs, y, saved, grads, needs, samples)
         found = iter(given)
