@@ -22,10 +22,8 @@ def signature(tensors: tuple[Tensor | None, ...]) -> bytes | None:
     """
     if (
         _C is None
-        or is_watched()
-        or torch._C._get_tracing_state() is not None
+        or _is_followed()
         or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     ):
         return None
@@ -33,15 +31,20 @@ def signature(tensors: tuple[Tensor | None, ...]) -> bytes | None:
 
 
 def wrapped(tensors: tuple[Tensor | None, ...]) -> tuple[object, ...] | None:
-    """The same of tensors some of which torch.func's transforms wrap; None without transforms."""
-    if (
-        not torch._C._are_functorch_transforms_active()
-        or is_watched()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    ):
+    """What :func:`signature` tells, of tensors some of which torch.func's transforms wrap.
+
+    None without transforms, and where anything else follows what is computed.
+    """
+    if not torch._C._are_functorch_transforms_active() or _is_followed():
         return None
     return tuple(None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors)
+
+
+def _is_followed() -> bool:
+    """Whether anybody watches, records, or differentiates forward."""
+    return (
+        is_watched() or torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0
+    )
 
 
 def is_watched() -> bool:

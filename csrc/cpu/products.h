@@ -13,7 +13,8 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-// From this many rows on, which a product sums up, floats are split into parts for the tile unit.
+// From this many rows on, which a product sums up, floats are split into parts for the tile unit. Fewer do not pay for
+// being taken apart and filled up to whole tiles.
 inline constexpr int64_t kSplitRows = 128;
 // A task's rows are a multiple of this, which those of a projection are few of.
 inline constexpr int64_t kTaskUnit = kTiles ? 32 : 48;
