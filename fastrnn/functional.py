@@ -124,7 +124,8 @@ def layer(
     Args:
         cell: a key of :data:`fastrnn.cells.CELLS`.
         x: [T, B, I] of any strides, or [N, I] with `batch_sizes`. With G > 1, [T, B, G*I] gives
-            each group columns of its own.
+            each group columns of its own. Under torch.func's transforms also [T, I], one sequence
+            and nothing but the weights with it: then no result has a dimension B.
         states: h [G, B, out] and, for cells with one, c [G, B, H]; None for zeros.
         weights: per group w_ih [gates*H, I], w_hh [gates*H, out], b_ih and b_hh [gates*H] or None
             and, with a projection,
@@ -206,6 +207,8 @@ def _route(
     route = None if read is None else _checked.get(key)
     if route is not None:
         return route if route.settled else Route.find(route.problem, recompute, plain)
+    if inputs.unbatched() and torch._C._are_functorch_transforms_active():
+        x, *_ = inputs = inputs.with_batch()
     if check is not None:
         check(x, states, weights, batch_sizes)
     if batch is None:

@@ -27,7 +27,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import autograd, ops
 from .autograd import Route, wants_gradients
-from .backends import Backend, Grads, Inputs, Problem
+from .backends import Backend, Grads, Inputs, Outputs, Problem
 from .members import Call, Dims, Members, as_inputs
 from .transforms import Backward, Forward, plain_gradients
 
@@ -36,17 +36,21 @@ def scan(
     backend: Backend, problem: Problem, inputs: Inputs
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer under torch.func's transforms: y, h_n, c_n and c."""
-    level = _innermost()
+    level, found = _innermost(), None
+    if level is not None:
+        kind = level.key()
+        if kind == TransformType.Vmap:
+            found = _scan_members(backend, problem, inputs, level)
+        elif kind == TransformType.Grad:
+            found = _scan_differentiated(backend, problem, inputs, level.level())
+    if found is not None:
+        return found
+    if inputs.unbatched():
+        outputs = scan(backend, problem, inputs.with_batch())
+        return Outputs(*outputs, []).without_batch()[:4]
     if level is None:
         problem = problem._replace(grad=wants_gradients(inputs))
         return autograd.scan(Route.below(problem, backend, inputs), inputs)
-    kind, found = level.key(), None
-    if kind == TransformType.Vmap:
-        found = _scan_members(backend, problem, inputs, level)
-    elif kind == TransformType.Grad:
-        found = _scan_differentiated(backend, problem, inputs, level.level())
-    if found is not None:
-        return found
     x, batch_sizes, lengths, reset, states, weights = inputs
     tensors = [x, *states, *weights]
     if not torch.is_grad_enabled():  # which an autograd.Function does not hand down the levels
@@ -71,7 +75,7 @@ def _scan_members(
     if all(d is None for d in dims):
         with _Below():
             return scan(backend, problem, as_inputs(given))
-    members = _members_on(backend, level, problem, dims)
+    members = _members_on(backend, level, problem, dims, inputs.unbatched())
     if members is None:
         return None
     with _Below():
@@ -81,10 +85,10 @@ def _scan_members(
 
 
 def _members_on(
-    backend: Backend, level: CInterpreter, problem: Problem, dims: Dims
+    backend: Backend, level: CInterpreter, problem: Problem, dims: Dims, unbatched: bool
 ) -> Members | None:
     """The members of a vmap as a call that the backend serves, if there is one."""
-    members = Members.of(CVmapInterpreterPtr(level).batchSize(), problem, dims)
+    members = Members.of(CVmapInterpreterPtr(level).batchSize(), problem, dims, unbatched)
     if members is None:
         return None
     # No transform of torch's shall see stacked weights.
@@ -168,11 +172,22 @@ class _Differentiated(_SingleLevelFunction):
         elif forward_ad._current_level >= 0:
             found = plain_gradients(call, as_inputs(tensors), Grads(*grads))
         else:  # the transform is over, or others are active inside of it: they need it all anew
-            y, _, _, _, *saved = Forward.apply(call, *tensors)  # type: ignore[no-untyped-call]
-            found = Backward.apply(call, *tensors, *grads, y, *saved)  # type: ignore[no-untyped-call]
+            found = _anew(call, tensors, grads)
         each = iter(found)
         places = (False, need_x, False, False, False, *need_rest)
         return tuple(next(each) if need else None for need in places)
+
+
+def _anew(call: Call, tensors: Sequence[Any], grads: Sequence[Any]) -> Sequence[Tensor]:
+    """The gradients, through Functions that any transform sees through."""
+    inputs = as_inputs(tensors)
+    if inputs.unbatched():
+        outer = [None if g is None else g.unsqueeze(1) for g in grads]
+        found = _anew(call, (inputs.x.unsqueeze(1), *tensors[1:]), outer)
+        return [found[0].squeeze(1), *found[1:]] if call.needs[0] else found
+    y, _, _, _, *saved = Forward.apply(call, *tensors)  # type: ignore[no-untyped-call]
+    gradients: tuple[Tensor, ...] = Backward.apply(call, *tensors, *grads, y, *saved)  # type: ignore[no-untyped-call]
+    return gradients
 
 
 class _Pulled(_SingleLevelFunction):
@@ -224,6 +239,8 @@ def _forward_and_pull(
     level = _innermost()
     if level is None:
         inputs = as_inputs(tensors)
+        if inputs.unbatched():
+            return None
         route = Route.below(call.problem, call.backend, inputs)
         y, h_n, c_n, c, saved = route.forward(inputs, True)
 
@@ -234,7 +251,8 @@ def _forward_and_pull(
         return (y, h_n, c_n, c), pull_kernel
     number = level.level()
     given, dims = _unwrap_members(tensors, number)
-    members = _members_on(call.backend, level, call.problem, dims)
+    unbatched = as_inputs(tensors).unbatched()
+    members = _members_on(call.backend, level, call.problem, dims, unbatched)
     if members is None:
         return None
     if all(d is None for d in dims) or (members.groups and wants_dx and not members.own_x):

@@ -50,16 +50,18 @@ class Members:
     groups: bool  # each has weights of its own, so they are groups; else they are rows
     own_x: bool  # groups of different members read columns of their own
     stacked: bool = False  # a weight of all members stays one tensor
+    unbatched: bool = False  # a member is one row, without a dimension for it
 
     @classmethod
     @lru_cache(maxsize=1024)
-    def of(cls, V: int, problem: Problem, dims: Dims) -> Members | None:
+    def of(cls, V: int, problem: Problem, dims: Dims, unbatched: bool = False) -> Members | None:
         """None where one call cannot serve them."""
         x, _, lengths, reset = dims[:4]
         groups = any(d is not None for d in dims[8:])
-        if problem.packed or (groups and (lengths is not None or reset is not None)):
+        if problem.packed or (groups and (unbatched or lengths is not None or reset is not None)):
             return None
-        return cls(V, problem, groups, groups and (problem.grouped or x is not None))
+        own_x = groups and (problem.grouped or x is not None)
+        return cls(V, problem, groups, own_x, unbatched=unbatched)
 
     @cached_property
     def with_stacks(self) -> Members:
@@ -167,7 +169,7 @@ class Members:
             wanted = len(weights) // self.V
             parted += [torch.stack(weights[k::wanted]) for k in range(wanted)]
         elif call.samples > 1:
-            parted += [self._part(w, 0) for w in weights]
+            parted += [unflatten(w, 0, self.V) for w in weights]
         else:
             parted += [w if self.V > 1 else w.unsqueeze(0) for w in weights]
         dims += [0] * (len(parted) - len(dims))
@@ -182,10 +184,13 @@ class Members:
         return unflatten(dx, 3, self.one.G).sum(3)
 
     def _part(self, tensor: Tensor, axis: int) -> Tensor:
-        return unflatten(tensor, axis, self.V)
+        return tensor if self.unbatched else unflatten(tensor, axis, self.V)
 
     def _merge(self, tensor: Tensor | None, dim: int | None, axis: int) -> Tensor | None:
-        return None if tensor is None else self._spread(tensor, dim, axis).flatten(axis, axis + 1)
+        if tensor is None:
+            return None
+        spread = self._spread(tensor, dim, axis)
+        return spread if self.unbatched else spread.flatten(axis, axis + 1)
 
     def _spread(self, tensor: Tensor, dim: int | None, axis: int) -> Tensor:
         """The members at `axis`, also of a tensor that they share."""

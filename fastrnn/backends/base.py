@@ -72,6 +72,15 @@ class Inputs(NamedTuple):
     # per group w_ih [gates*H, I], w_hh [gates*H, out], b_ih and b_hh [gates*H] or None, and w_hr
     # [P, H] when the problem has P; stacked, these once, [G, ...] each
 
+    def unbatched(self) -> bool:
+        """Whether x is [T, I], one sequence, and comes with weights alone. Differentiable backends
+        take that, and :mod:`fastrnn.levels`: members of a vmap may be its batch."""
+        return self.batch_sizes is None and self.x.dim() == 2
+
+    def with_batch(self) -> Inputs:
+        """An unbatched sequence as a batch of one."""
+        return self._replace(x=self.x.unsqueeze(1))
+
     def weights_of(self, problem: Problem, group: int) -> Weights:
         """The flat list's part that is of one group."""
         if problem.stacked:
@@ -107,6 +116,11 @@ class Outputs(NamedTuple):
     c_n: Tensor | None  # [G, B, H], None for cells without c
     c: Tensor | None  # [T, B, G*H] or [N, G*H], c after every step, None unless asked for
     saved: list[Tensor]
+
+    def without_batch(self) -> Outputs:
+        """Those of :meth:`Inputs.with_batch` as of the unbatched sequence."""
+        y, h_n, c_n, c = (None if t is None else t.squeeze(1) for t in self[:4])
+        return Outputs(y, h_n, c_n, c, self.saved)  # type: ignore[arg-type]
 
 
 class Grads(NamedTuple):

@@ -107,6 +107,8 @@ class Reference:
         return None
 
     def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
+        if inputs.unbatched():
+            return self.forward(problem, inputs.with_batch(), save).without_batch()
         cell, G, B, I = problem.cell, problem.G, problem.B, problem.I
         steps = _Steps.of(problem, inputs)
         x = inputs.x

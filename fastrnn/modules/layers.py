@@ -100,6 +100,8 @@ class Layers(RNNBase):
     def _forward_unbatched(
         self, x: Tensor, states: States | None, reset: Tensor | None, resets: States | None
     ) -> Any:
+        if torch._C._are_functorch_transforms_active() and states is reset is resets is None:
+            return self._results(*self._run(x, None))  # a vmap's members may be the batch
         y, ends, c = self._run(
             x.unsqueeze(1),
             None if states is None else tuple(s.unsqueeze(1) for s in states),
