@@ -149,6 +149,13 @@ class Route(NamedTuple):
         chosen already."""
         return cls(problem, backend, signature(_tensors(inputs)) is not None)
 
+    def is_transformed(self) -> bool:
+        """Whether transforms of torch.func wrap the inputs of a backend that they do not see
+        through."""
+        if self.plain or self.backend.differentiable:
+            return False
+        return torch._C._are_functorch_transforms_active()
+
     def forward(self, inputs: Inputs, save: bool) -> Outputs:
         """The backend's forward pass, through the operator if anyone watches."""
         problem, backend, plain, _ = self
@@ -186,14 +193,11 @@ class Route(NamedTuple):
 
 
 def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Run one layer, whose inputs have been checked: y, h_n, c_n and c."""
+    """Run one layer, whose inputs have been checked, by a route that no transform is to be peeled
+    off for: y, h_n, c_n and c."""
     problem, backend, plain, _ = route
     if backend.differentiable:
         return backend.forward(problem, inputs, False)[:4]
-    if not plain and torch._C._are_functorch_transforms_active():
-        from . import levels  # which needs this module
-
-        return levels.scan(backend, problem, inputs)
     if not problem.grad:
         return route.forward(inputs, False)[:4]
     x, batch_sizes, lengths, reset, states, weights = inputs

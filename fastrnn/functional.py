@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
+from . import levels
 from .autograd import Route, scan, wants_gradients
 from .backends import Inputs, Weights, asked, check_batch_sizes, check_lengths, transforms_refusal
 from .cells import CELLS, Cell, States
@@ -174,7 +175,10 @@ def layer(
     inputs = Inputs(x, batch_sizes, lengths, reset, each, weights)
     given = states, reset_states
     route = _route(cell, inputs, batch, given, tuple(reverse), all_states, recompute, check)
-    y, h_n, c_n, c = scan(route, inputs)
+    if route.is_transformed():
+        y, h_n, c_n, c = levels.scan(route.backend, route.problem, inputs)
+    else:
+        y, h_n, c_n, c = scan(route, inputs)
     return y, (h_n,) if c_n is None else (h_n, c_n), c
 
 
