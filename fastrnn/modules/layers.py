@@ -28,7 +28,7 @@ class Layers(RNNBase):
     _kind: ClassVar[str]
     _rank_text: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
     return_states: bool = False
-    weight_dropout: float = 0.0
+    weight_dropout: float = 0  # which torch.compile takes for a constant, as it does not 0.0
     recompute: int = 0
 
     def extra_repr(self) -> str:
