@@ -19,11 +19,11 @@ _cuda = pytest.importorskip("fastrnn._cuda")
 
 LOGS = sorted(Path(__file__).parents[1].glob("build/ninja*/cuda/*.o.log"))
 CHIPS = {
-    "A100": _cuda.Limits(80, 108, 166912),
-    "RTX 4090": _cuda.Limits(89, 128, 101376),
-    "H100": _cuda.Limits(90, 132, 232448),
-    "a slice of an H100": _cuda.Limits(90, 16, 232448),
-    "RTX 5090": _cuda.Limits(120, 170, 101376),
+    "A100": _cuda.Limits(80, 108, 166912, 0),
+    "RTX 4090": _cuda.Limits(89, 128, 101376, 0),
+    "H100": _cuda.Limits(90, 132, 232448, 16),
+    "a slice of an H100": _cuda.Limits(90, 16, 232448, 8),
+    "RTX 5090": _cuda.Limits(120, 170, 101376, 8),
 }
 WARPS = 8
 
@@ -59,8 +59,11 @@ def test_a_plan_keeps_to_the_limits_or_has_a_reason(
         return
     assert plan.threads <= 1024
     assert 0 < plan.shared_bytes <= limits.shared_bytes
-    # One block a multiprocessor: all of a launch run at once.
-    assert 0 < plan.blocks <= limits.multiprocessors
+    if plan.tier == "grid":  # one block a multiprocessor: all of a launch run at once
+        assert 0 < plan.blocks <= limits.multiprocessors
+    else:
+        assert 0 < plan.slices <= limits.cluster
+        assert not plan.streamed
     assert 1 <= plan.groups <= G
     assert plan.unit_tiles * plan.batch_tiles <= WARPS
     assert plan.slices * plan.unit_tiles * 16 >= H
@@ -88,11 +91,21 @@ def test_weights_of_common_sizes_stay_on_the_chip() -> None:
                 assert not plan.streamed, (hidden, backward, batch)
 
 
+def test_clusters_hold_what_they_can() -> None:
+    """16-bit LSTMs up to H = 512 on an H100, and TF32 up to 256; a larger one is for the grid."""
+    largest = {2: 512, 1: 256}
+    for precision, most in largest.items():
+        for hidden in (64, 128, 256, 512, 1024):
+            for backward in (False, True):
+                plan = _cuda.plan(0, precision, 512, 16, hidden, 1, backward, CHIPS["H100"])
+                assert plan.tier == ("cluster" if hidden <= most else "grid"), (precision, hidden)
+
+
 def test_old_devices_and_odd_requests_get_a_reason() -> None:
     with pytest.raises(ValueError, match="compute capability"):
-        _cuda.plan(0, 2, 5, 1, 64, 1, False, _cuda.Limits(75, 40, 65536))
+        _cuda.plan(0, 2, 5, 1, 64, 1, False, _cuda.Limits(75, 40, 65536, 0))
     with pytest.raises(ValueError, match="shared memory"):
-        _cuda.plan(0, 2, 5, 1, 64, 1, False, _cuda.Limits(80, 108, 1024))
+        _cuda.plan(0, 2, 5, 1, 64, 1, False, _cuda.Limits(80, 108, 1024, 0))
     with pytest.raises(ValueError, match="cell index"):
         _cuda.plan(99, 2, 5, 1, 64, 1, False, CHIPS["H100"])
 
@@ -125,7 +138,8 @@ def test_kernels_stay_in_their_registers() -> None:
         if "scan" in report.partition("\n")[0]
     ]
     architectures = {re.search(r"for '(sm_\w+)'", e)[1] for e in entries}
-    assert len(entries) == len(architectures) * len(CELLS) * 4 * 2
+    precisions, passes, tiers = 4, 2, 2
+    assert len(entries) == len(architectures) * len(CELLS) * precisions * passes * tiers
     for entry in entries:
         name = entry.partition("\n")[0]
         spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)

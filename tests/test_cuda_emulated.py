@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from test_kernels import poisoned
 from torch import Tensor
 
 import fastrnn
-from fastrnn import backends
+from fastrnn import backends, functional
 from fastrnn.backends.cuda import Cuda
 from fastrnn.cells import CELLS
 
@@ -51,9 +52,10 @@ class Chip:
     multiprocessors: int
     shared_bytes: int
     capability: int = 90
+    cluster: int = 0  # the most blocks of one
 
 
-HOPPER = Chip(12, 232448)
+HOPPER = {"grid": Chip(12, 232448), "cluster": Chip(12, 232448, cluster=8)}
 # name: chip and case; what the plan must then look like is asserted below.
 TIGHT = {
     "several passes a block": (Chip(3, 232448), Case(5, 150, 3, 40, reverse=(True,), cuts=0.3)),
@@ -61,6 +63,11 @@ TIGHT = {
     "all unit tiles in one block": (Chip(1, 232448), Case(4, 9, 3, 128, ends=(4, 0) + (2,) * 7)),
     "weights streamed": (Chip(20, 24000), Case(4, 5, 3, 150, reverse=BOTH)),
     "a launch a group": (Chip(1, 232448), Case(4, 3, 3, 40, reverse=(False, True, False))),
+    "several passes a cluster": (
+        Chip(4, 232448, cluster=2),
+        Case(5, 70, 3, 40, reverse=BOTH, ends=tuple(k % 6 for k in range(70))),
+    ),
+    "a cluster of one": (Chip(4, 232448, cluster=1), Case(4, 20, 3, 33, reverse=BOTH)),
 }
 
 
@@ -70,9 +77,13 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return load(Path(__file__).parents[1] / "build/emulation")
 
 
-@pytest.fixture
-def emulated(module: ModuleType) -> Iterator[Cuda]:
-    yield from _installed(module, HOPPER)
+@pytest.fixture(params=HOPPER)
+def emulated(request: pytest.FixtureRequest, module: ModuleType) -> Iterator[Cuda]:
+    yield from _installed(module, HOPPER[request.param])
+
+
+def limits_of(module: ModuleType, chip: Chip) -> Any:
+    return module.Limits(chip.capability, chip.multiprocessors, chip.shared_bytes, chip.cluster)
 
 
 def _installed(module: ModuleType, chip: Chip) -> Iterator[Cuda]:
@@ -81,10 +92,11 @@ def _installed(module: ModuleType, chip: Chip) -> Iterator[Cuda]:
         on_request = None
 
         def _find_limits(self, device: int) -> object:
-            return module.Limits(chip.capability, chip.multiprocessors, chip.shared_bytes)
+            return limits_of(module, chip)
 
     backend = Emulated(module, device="cpu")
     backends.BACKENDS.append(backend)
+    functional._checked.clear()  # which may know another of that name
     yield backend
     backends.BACKENDS.remove(backend)
 
@@ -119,12 +131,7 @@ def test_every_way_to_lay_out_the_work(
     chip, case = TIGHT[kind]
     inputs = make_inputs(cell, case, dtype)
     for _ in _installed(module, chip):
-        limits = module.Limits(chip.capability, chip.multiprocessors, chip.shared_bytes)
-        precision = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}[dtype]
-        sizes = (case.T, case.B, case.H, len(case.reverse))
-        index = module.cells()[cell][0]
-        plans = [module.plan(index, precision, *sizes, back, limits) for back in (False, True)]
-        for plan in plans:
+        for plan in plans_of(module, chip, cell, case, dtype):
             passes = -(-case.B // plan.rows_a_pass)
             assert {
                 "several passes a block": passes > plan.replicas,
@@ -132,10 +139,34 @@ def test_every_way_to_lay_out_the_work(
                 "all unit tiles in one block": plan.unit_tiles == 8 and plan.slices == 1,
                 "weights streamed": plan.streamed,
                 "a launch a group": plan.groups == 1,
+                "several passes a cluster": passes > plan.replicas,
+                "a cluster of one": plan.slices == 1,
             }[kind]
+            assert plan.tier == ("cluster" if chip.cluster else "grid")
         with poisoned():
             ours = run(cell, case, inputs, "emulated")
     truth(cell, case, dtype).check(ours)
+
+
+def plans_of(
+    module: ModuleType, chip: Chip, cell: str, case: Case, dtype: torch.dtype
+) -> list[Any]:
+    """Of the forward and of the backward pass."""
+    precision = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}[dtype]
+    request = module.cells()[cell][0], precision, case.T, case.B, case.H, len(case.reverse)
+    return [module.plan(*request, back, limits_of(module, chip)) for back in (False, True)]
+
+
+def test_more_clusters_than_run_at_once(module: ModuleType) -> None:
+    """As many as it takes for each to have room for its operands."""
+    chip, case = Chip(4, 232448, cluster=2), Case(2, 150, 3, 40, reverse=BOTH)
+    _, plan = plans_of(module, chip, "lstm", case, torch.float32)
+    assert (plan.tier, plan.blocks > chip.multiprocessors) == ("cluster", True)
+    inputs = make_inputs("lstm", case, torch.float32)
+    for _ in _installed(module, chip):
+        with poisoned():
+            ours = run("lstm", case, inputs, "emulated")
+    truth("lstm", case, torch.float32).check(ours)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -27,7 +27,8 @@ from helpers import (
 from torch import Tensor
 
 import fastrnn
-from fastrnn import functional
+from fastrnn import backends, functional
+from fastrnn.backends.cuda import Cuda
 from fastrnn.cells import CELLS
 
 pytestmark = [
@@ -122,6 +123,36 @@ def test_values_and_gradients(backend: str, cell: str, case: Case, name: str) ->
     inputs = on_device(make_inputs(cell, case, DTYPES[name]))
     with arithmetic(name), poisoned():
         ours = back(run(cell, case, inputs, backend))
+    expected.check(ours)
+
+
+@pytest.fixture
+def grids() -> Iterator[str]:
+    """The name of a backend of CUDA kernels that knows no clusters."""
+
+    class Grids(Cuda):
+        name = "cuda_grids"
+        on_request = None
+
+        def _find_limits(self, device: int) -> Any:
+            found = _cuda.device_limits(device)
+            return _cuda.Limits(found.capability, found.multiprocessors, found.shared_bytes, 0)
+
+    _cuda = pytest.importorskip("fastrnn._cuda")
+    backend = Grids(_cuda)
+    backends.BACKENDS.append(backend)
+    yield backend.name
+    backends.BACKENDS.remove(backend)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("case", [c for c in CASES if c.H <= 512], ids=str)
+@of_each_cell
+def test_grids_where_clusters_would_serve(grids: str, cell: str, case: Case, name: str) -> None:
+    expected = truth(cell, case, name)
+    inputs = on_device(make_inputs(cell, case, DTYPES[name]))
+    with arithmetic(name), poisoned():
+        ours = back(run(cell, case, inputs, grids))
     expected.check(ours)
 
 

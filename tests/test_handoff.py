@@ -1,22 +1,35 @@
-"""A model of how the CUDA kernels' blocks hand operands to each other (csrc/cuda/exchange.h),
-explored over every order of its steps: nobody waits for ever, and nobody reads a buffer that is not
-what the reader thinks. BrokenError variants of the protocol are caught.
+"""Models of how the CUDA kernels' blocks hand operands to each other (csrc/cuda/exchange.h),
+explored over every order of their steps: nobody waits for ever, and nobody reads a buffer that is
+not what the reader thinks. Broken variants of the protocols are caught.
 
 A block's step, for operand number o: wait until all blocks have published o; read all of buffer
 o % 2; (all its warps have read); write its part of operand o + 1 into buffer (o + 1) % 2; publish.
-Reading and writing go part by part, each a step that others may come between.
+Reading and writing go part by part, each a step that others may come between. In a grid there is
+one copy of the buffers, with a flag for each block that counts what it published; in a cluster each
+block has a copy, with a barrier for each buffer that knows the parity of its phase.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 
+class BrokenError(Exception):
+    pass
+
+
+# Hashable. Of a block it has its operand, what it does next, and to which part of it.
+State = Any
+
+
 @dataclasses.dataclass(frozen=True)
-class Protocol:
+class Grid:
+    """A state: the blocks, all flags, and the operand number in each part of each buffer."""
+
     blocks: int
     steps: int
     buffers: int = 2
@@ -27,64 +40,117 @@ class Protocol:
     def published(self, operand: int) -> int:
         return (operand + 1) % self.counters
 
+    def start(self) -> State:
+        n = self.blocks
+        return (((-1, "write", 0),) * n, (0,) * n, ((-1,) * n,) * self.buffers)
 
-# A block: its operand, what it does next, and how many parts it has read of that operand.
-Block = tuple[int, str, int]
-# The blocks, all flags, and the operand number that each part of each buffer holds.
-State = tuple[tuple[Block, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]
+    def done(self, state: State) -> bool:
+        return all(doing == "done" for _, doing, _ in state[0])
 
-
-class BrokenError(Exception):
-    pass
-
-
-def start(protocol: Protocol) -> State:
-    """Every block has yet to publish operand 0."""
-    n = protocol.blocks
-    return (((-1, "write", 0),) * n, (0,) * n, ((-1,) * n,) * protocol.buffers)
-
-
-def successors(protocol: Protocol, state: State) -> Iterator[State]:
-    blocks, flags, memory = state
-    n = protocol.blocks
-    for i, (operand, doing, part) in enumerate(blocks):
-        new_flags, new_memory = flags, memory
-        if doing == "done":
-            continue
-        if doing == "wait":
-            ready = flags[part] >= protocol.published(operand)
-            if protocol.wait and not ready:
+    def successors(self, state: State) -> Iterator[State]:
+        blocks, flags, memory = state
+        n = self.blocks
+        for i, (operand, doing, part) in enumerate(blocks):
+            new_flags, new_memory = flags, memory
+            if doing == "done":
                 continue
-            after = (operand, "wait", part + 1) if part + 1 < n else (operand, "read", 0)
-        elif doing == "read":
-            held = memory[operand % protocol.buffers][part]
-            if held != operand:
-                raise BrokenError(f"block {i} reads {held} of block {part} for {operand}")
-            after = (operand, "read", part + 1) if part + 1 < n else (operand, "write", 0)
-            if part + 1 == n and operand == protocol.steps:
-                after = (operand, "done", 0)
-        else:
-            early = not protocol.publish_after_write
-            if (doing == "write") != early:
-                buffer = (operand + 1) % protocol.buffers
-                rows = list(memory)
-                rows[buffer] = (*rows[buffer][:i], operand + 1, *rows[buffer][i + 1 :])
-                new_memory = tuple(rows)
+            if doing == "wait":
+                ready = flags[part] >= self.published(operand)
+                if self.wait and not ready:
+                    continue
+                after = (operand, "wait", part + 1) if part + 1 < n else (operand, "read", 0)
+            elif doing == "read":
+                held = memory[operand % self.buffers][part]
+                if held != operand:
+                    raise BrokenError(f"block {i} reads {held} of block {part} for {operand}")
+                after = (operand, "read", part + 1) if part + 1 < n else (operand, "write", 0)
+                if part + 1 == n and operand == self.steps:
+                    after = (operand, "done", 0)
             else:
-                new_flags = (*flags[:i], protocol.published(operand + 1), *flags[i + 1 :])
-            last = doing == "publish"
-            after = (operand + 1, "wait", 0) if last else (operand, "publish", 0)
-        yield (*blocks[:i], after, *blocks[i + 1 :]), new_flags, new_memory
+                early = not self.publish_after_write
+                if (doing == "write") != early:
+                    buffer = (operand + 1) % self.buffers
+                    rows = list(memory)
+                    rows[buffer] = (*rows[buffer][:i], operand + 1, *rows[buffer][i + 1 :])
+                    new_memory = tuple(rows)
+                else:
+                    new_flags = (*flags[:i], self.published(operand + 1), *flags[i + 1 :])
+                last = doing == "publish"
+                after = (operand + 1, "wait", 0) if last else (operand, "publish", 0)
+            yield (*blocks[:i], after, *blocks[i + 1 :]), new_flags, new_memory
 
 
-def explore(protocol: Protocol) -> int:
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A state: the blocks; of each block and buffer its barrier, (arrivals of this phase, phase);
+    and of each block the operand number in each part of each of its buffers."""
+
+    blocks: int
+    steps: int
+    buffers: int = 2
+    wait: bool = True
+    arrive_after_write: bool = True
+    missing: int = 0  # arrivals that a barrier does not ask for
+
+    def start(self) -> State:
+        n, buffers = self.blocks, self.buffers
+        return (
+            ((-1, "send", 0),) * n,
+            (((0, 0),) * buffers,) * n,
+            (((-1,) * n,) * buffers,) * n,
+        )
+
+    def done(self, state: State) -> bool:
+        return all(doing == "done" for _, doing, _ in state[0])
+
+    def successors(self, state: State) -> Iterator[State]:
+        blocks, barriers, memory = state
+        n = self.blocks
+        for i, (operand, doing, part) in enumerate(blocks):
+            new_barriers, new_memory = barriers, memory
+            if doing == "done":
+                continue
+            if doing == "wait":
+                _, phase = barriers[i][operand % self.buffers]
+                if self.wait and phase % 2 == operand // self.buffers % 2:
+                    continue
+                after = (operand, "read", 0)
+            elif doing == "read":
+                held = memory[i][operand % self.buffers][part]
+                if held != operand:
+                    raise BrokenError(f"block {i} reads {held} of block {part} for {operand}")
+                after = (operand, "read", part + 1) if part + 1 < n else (operand, "send", 0)
+                if part + 1 == n and operand == self.steps:
+                    after = (operand, "done", 0)
+            else:  # to each block in turn, all of one kind before the other
+                buffer = (operand + 1) % self.buffers
+                if (doing == "send") == self.arrive_after_write:
+                    row = _replaced(memory[part][buffer], i, operand + 1)
+                    new_memory = _replaced(memory, part, _replaced(memory[part], buffer, row))
+                else:
+                    arrived, phase = barriers[part][buffer]
+                    ended = arrived + 1 == n - self.missing
+                    barrier = (0, phase + 1) if ended else (arrived + 1, phase)
+                    own = _replaced(barriers[part], buffer, barrier)
+                    new_barriers = _replaced(barriers, part, own)
+                after = (operand, doing, part + 1)
+                if part + 1 == n:
+                    after = (operand + 1, "wait", 0) if doing == "sent" else (operand, "sent", 0)
+            yield _replaced(blocks, i, after), new_barriers, new_memory
+
+
+def _replaced(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
+    return (*items[:index], item, *items[index + 1 :])
+
+
+def explore(protocol: Grid | Cluster) -> int:
     """Visit every state that can be reached; BrokenError on a wrong read or when all are stuck."""
-    seen = {start(protocol)}
+    seen = {protocol.start()}
     stack = list(seen)
     while stack:
         state = stack.pop()
-        following = list(successors(protocol, state))
-        if not following and any(doing != "done" for _, doing, _ in state[0]):
+        following = list(protocol.successors(state))
+        if not following and not protocol.done(state):
             raise BrokenError("everybody waits")
         fresh = [s for s in following if s not in seen]
         seen.update(fresh)
@@ -92,22 +158,31 @@ def explore(protocol: Protocol) -> int:
     return len(seen)
 
 
-@pytest.mark.parametrize(("blocks", "steps"), [(1, 6), (2, 6), (3, 3)])
-def test_no_order_of_steps_breaks_it(blocks: int, steps: int) -> None:
-    assert explore(Protocol(blocks, steps)) > blocks * steps
+@pytest.mark.parametrize(
+    "protocol",
+    [Grid(1, 6), Grid(2, 6), Grid(3, 3), Cluster(1, 6), Cluster(2, 6), Cluster(3, 2)],
+    ids=str,
+)
+def test_no_order_of_steps_breaks_it(protocol: Grid | Cluster) -> None:
+    assert explore(protocol) > protocol.blocks * protocol.steps
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("protocol", "what"),
     [
-        ({"buffers": 1}, "reads"),
-        ({"wait": False}, "reads"),
-        ({"publish_after_write": False}, "reads"),
-        ({"counters": 4}, "everybody waits|reads"),
+        (Grid(2, 6, buffers=1), "reads"),
+        (Grid(2, 6, wait=False), "reads"),
+        (Grid(2, 6, publish_after_write=False), "reads"),
+        (Grid(2, 6, counters=4), "everybody waits|reads"),
+        (Cluster(2, 6, buffers=1), "reads"),
+        (Cluster(2, 6, wait=False), "reads"),
+        (Cluster(2, 6, arrive_after_write=False), "reads"),
+        (Cluster(2, 6, missing=1), "reads"),
     ],
     ids=str,
 )
-def test_what_the_kernels_rely_on_is_needed(change: dict[str, int], what: str) -> None:
-    """One buffer, no wait, a flag before its data, flags too narrow to count all steps."""
+def test_what_the_kernels_rely_on_is_needed(protocol: Grid | Cluster, what: str) -> None:
+    """One buffer, no wait, news before the data, flags too narrow to count all steps, a barrier
+    that asks for too few arrivals."""
     with pytest.raises(BrokenError, match=what):
-        explore(Protocol(2, 6, **change))
+        explore(protocol)

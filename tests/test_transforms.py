@@ -361,9 +361,7 @@ NESTINGS: dict[str, Callable[[Callable[..., Tensor], Tensor, Tensor], Any]] = {
     "vmap of weights": lambda f, x, w: vmap(f, (None, 0))(x[0], w),
     "vmap of both": lambda f, x, w: vmap(f)(x, w),
     "vmap of grad": lambda f, x, w: vmap(grad(f, (0, 1)), (0, None))(x, w[0]),
-    "vmap of grad, last axis": lambda f, x, w: vmap(grad(f, 1), (-1, None))(
-        x.movedim(0, -1), w[0]
-    ),
+    "vmap of grad, last axis": lambda f, x, w: vmap(grad(f, 1), (-1, None))(x.movedim(0, -1), w[0]),
     "vmap of grad of weights": lambda f, x, w: vmap(grad(f, (0, 1)))(x, w),
     "vmaps of grad": lambda f, x, w: vmap(vmap(grad(f, (0, 1)), (0, None)), (None, 0))(x, w),
     "grad of vmap": lambda f, x, w: grad(lambda w: vmap(f, (0, None))(x, w).sum())(w[0]),

@@ -173,10 +173,12 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   m.doc() = "fastrnn's CUDA kernels; see fastrnn/backends/cuda.py.";
   m.attr("max_groups") = kMaxGroups;
   py::class_<Limits>(m, "Limits", py::module_local())
-      .def(py::init<int, int, int64_t>(), py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_bytes"))
+      .def(py::init<int, int, int64_t, int>(), py::arg("capability"), py::arg("multiprocessors"),
+           py::arg("shared_bytes"), py::arg("cluster"))
       .def_readonly("capability", &Limits::capability)
       .def_readonly("multiprocessors", &Limits::multiprocessors)
-      .def_readonly("shared_bytes", &Limits::shared_bytes);
+      .def_readonly("shared_bytes", &Limits::shared_bytes)
+      .def_readonly("cluster", &Limits::cluster);
   py::class_<Call>(m, "Plan", py::module_local())
       .def_property_readonly("tier", [](const Call& c) { return c.plan.tier == Tier::grid ? "grid" : "cluster"; })
       .def_property_readonly("slices", [](const Call& c) { return c.plan.tiling.slices; })

@@ -10,6 +10,9 @@ struct alignas(16) Vector {
   uint32_t word[4];
 };
 
+// In shared memory; counts the arrivals of a phase, which ends with the last one.
+using Barrier = uint64_t;
+
 }  // namespace fastrnn::cuda
 
 #if !defined(__CUDACC__)
@@ -82,6 +85,46 @@ FASTRNN_DEVICE void store_release(uint32_t* flag, uint32_t value) {
 FASTRNN_DEVICE void store_for_host(uint32_t* word, uint32_t value) {
   *static_cast<volatile uint32_t*>(word) = value;
   __threadfence_system();
+}
+
+// ---- clusters: sm_90 and later
+
+FASTRNN_DEVICE uint32_t in_shared(const void* address) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(address));
+}
+// The same place in the shared memory of the cluster's block number `rank`.
+FASTRNN_DEVICE uint32_t in_block(const void* mine, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(in_shared(mine)), "r"(rank));
+  return address;
+}
+FASTRNN_DEVICE void store_to_block(Vector* mine, int rank, const Vector& v) {
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(in_block(mine, rank)), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
+}
+FASTRNN_DEVICE void init_barrier(Barrier* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(in_shared(barrier)), "r"(arrivals) : "memory");
+}
+// That barriers have been initialised, for the cluster barrier that follows.
+FASTRNN_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+FASTRNN_DEVICE void arrive_at_block(Barrier* mine, int rank) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(in_block(mine, rank)) : "memory");
+}
+// Whether the phase of that parity is over, and then what was written before its arrivals can be read.
+FASTRNN_DEVICE bool phase_ended(Barrier* barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n\t.reg .pred p;\n\t"
+      "mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+      "selp.u32 %0, 1, 0, p;\n\t}"
+      : "=r"(ended)
+      : "r"(in_shared(barrier)), "r"(parity)
+      : "memory");
+  return ended != 0;
+}
+FASTRNN_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // D += A B for one 16 x 8 tile; a: rows r and r + 8 by turns, then the same of the second half of k.

@@ -3,7 +3,7 @@
 // Operand number o is read from buffer o % 2. A block publishes number o only after all its warps have read number
 // o - 1, for which it has waited for every block to publish that; and each block had read number o - 2, whose buffer is
 // written now, before it did so. So two buffers are enough, and no barrier is needed. tests/test_handoff.py explores
-// this protocol and broken variants of it.
+// these protocols and broken variants of them.
 #pragma once
 
 #include "args.h"
@@ -79,6 +79,79 @@ class GridExchange {
 
   const ScanArgs& args_;
   int64_t operand_vectors_, unit_tiles_, g_, batch_tiles_;
+};
+
+// Through the shared memory of a cluster, which is one replica: each block has the operands of all its batch tiles, and
+// for each of their buffers a barrier whose phase ends when every unit tile has come. Operand number o is the buffer's
+// phase o / 2; a barrier tells only a phase from the next, and no block can be two behind.
+class ClusterExchange {
+ public:
+  static constexpr bool local = true;
+
+  FASTRNN_DEVICE ClusterExchange(const ScanArgs& args, const Sizes& sizes, const Layout& layout, const Place& place)
+      : args_(args),
+        operand_vectors_(sizes.operand_vectors()),
+        unit_tiles_(static_cast<uint32_t>(sizes.tiles())),
+        slice_(place.slice),
+        batch_tiles_(static_cast<int>((layout.failed - layout.barriers) / (2 * sizeof(Barrier)))),
+        operands_(reinterpret_cast<Vector*>(shared_memory() + layout.operand)),
+        barriers_(reinterpret_cast<Barrier*>(shared_memory() + layout.barriers)) {}
+
+  FASTRNN_DEVICE void begin() {
+    if (thread_index() == 0) {
+      for (int i = 0; i < 2 * batch_tiles_; ++i) init_barrier(barriers_ + i, unit_tiles_);
+      publish_barriers();
+    }
+    cluster_barrier();
+  }
+  // Nobody leaves while others may still write to its memory.
+  FASTRNN_DEVICE void end() { cluster_barrier(); }
+
+  FASTRNN_DEVICE const Vector* operand(int64_t o, int64_t batch_tile) const { return buffer(o, batch_tile); }
+  static FASTRNN_DEVICE Vector load(const Vector* address) { return *address; }
+
+  // For one warp: until operand o of `count` batch tiles is complete, of which it will read but a part.
+  FASTRNN_DEVICE bool wait(int64_t o, int64_t batch_tile, int count, int64_t, int64_t) {
+    bool ok = true;
+    for (int n = thread_index() % 32; n < count && ok; n += 32) {
+      Barrier* const b = barrier(o, batch_tile + n);
+      ok = poll(args_, [&] { return phase_ended(b, static_cast<uint32_t>(o / 2 % 2)); });
+    }
+    return ok;
+  }
+
+  FASTRNN_DEVICE void send(int64_t o, int64_t batch_tile, int64_t index, const Vector& value) {
+    Vector* const mine = buffer(o, batch_tile) + index;
+    int rank = slice_;  // each block begins with itself, so that they do not all write to the same one
+    for (int i = 0; i < args_.tiling.slices; ++i) {
+      store_to_block(mine, rank, value);
+      rank = rank + 1 < args_.tiling.slices ? rank + 1 : 0;
+    }
+  }
+  FASTRNN_DEVICE void sent(int64_t o, int64_t batch_tile, int64_t) {
+    warp_barrier();
+    const int rank = thread_index() % 32;
+    if (rank < args_.tiling.slices) arrive_at_block(barrier(o, batch_tile), rank);
+  }
+
+ private:
+  // Of all batch tiles of this replica's passes.
+  FASTRNN_DEVICE int index(int64_t o, int64_t batch_tile) const {
+    const auto tile = static_cast<uint32_t>(batch_tile), a_pass = static_cast<uint32_t>(args_.tiling.batch_tiles);
+    const uint32_t pass = tile / a_pass / static_cast<uint32_t>(args_.tiling.replicas);
+    return static_cast<int>(o % 2) * batch_tiles_ + static_cast<int>(pass * a_pass + tile % a_pass);
+  }
+  FASTRNN_DEVICE Vector* buffer(int64_t o, int64_t batch_tile) const {
+    return operands_ + index(o, batch_tile) * operand_vectors_;
+  }
+  FASTRNN_DEVICE Barrier* barrier(int64_t o, int64_t batch_tile) const { return barriers_ + index(o, batch_tile); }
+
+  const ScanArgs& args_;
+  int64_t operand_vectors_;
+  uint32_t unit_tiles_;
+  int slice_, batch_tiles_;
+  Vector* operands_;
+  Barrier* barriers_;
 };
 
 }  // namespace fastrnn::cuda

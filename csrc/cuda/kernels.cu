@@ -13,9 +13,16 @@
 
 namespace fastrnn::cuda {
 
+// Whether what is compiled for has clusters; plans for other devices have none.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr bool kClusters = false;
+#else
+inline constexpr bool kClusters = true;
+#endif
+
 template <class Pass, class Exchange>
 FASTRNN_KERNEL scan(FASTRNN_PARAMETER typename Pass::Args args) {
-  Scan<Pass, Exchange>(args).run();
+  if constexpr (kClusters || !Exchange::local) Scan<Pass, Exchange>(args).run();
 }
 
 namespace {
@@ -25,8 +32,11 @@ KernelTable make_table(CellList<Cells...>) {
   using P = FASTRNN_PRECISION;
   KernelTable table{};
   int i = 0;
-  ((table.forward[i][static_cast<int>(Tier::grid)] = scan<Forward<Cells, P>, GridExchange>,
-    table.backward[i][static_cast<int>(Tier::grid)] = scan<Backward<Cells, P>, GridExchange>, ++i),
+  constexpr int grid = static_cast<int>(Tier::grid), cluster = static_cast<int>(Tier::cluster);
+  ((table.forward[i][grid] = scan<Forward<Cells, P>, GridExchange>,
+    table.forward[i][cluster] = scan<Forward<Cells, P>, ClusterExchange>,
+    table.backward[i][grid] = scan<Backward<Cells, P>, GridExchange>,
+    table.backward[i][cluster] = scan<Backward<Cells, P>, ClusterExchange>, ++i),
    ...);
   return table;
 }

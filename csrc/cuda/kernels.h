@@ -16,7 +16,7 @@ inline constexpr int kTiers = 2, kMaxCells = 8;
 template <class Args>
 using Kernel = void (*)(Args);
 
-// Of one precision; a null address is a kernel that this build's architectures do not have.
+// Of one precision.
 struct KernelTable {
   Kernel<ForwardArgs> forward[kMaxCells][kTiers];
   Kernel<BackwardArgs> backward[kMaxCells][kTiers];

@@ -35,25 +35,67 @@ class DeviceGuard {
   int before_ = 0;
 };
 
-// Cooperative, so that CUDA refuses what could not run all at once: blocks wait for each other.
+// A launch that CUDA refuses if blocks that wait for each other could not run all at once.
+class Together {
+ public:
+  Together(const void* kernel, Tier tier, int slices, int64_t shared_bytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          "shared memory of a fastrnn kernel");
+    if (tier == Tier::grid) {
+      attribute_.id = cudaLaunchAttributeCooperative;
+      attribute_.val.cooperative = 1;
+    } else {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+            "cluster of a fastrnn kernel");
+      attribute_.id = cudaLaunchAttributeClusterDimension;
+      attribute_.val.clusterDim = {static_cast<unsigned>(slices), 1, 1};
+    }
+    config_.blockDim = dim3(kThreads);
+    config_.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config_.attrs = &attribute_;
+    config_.numAttrs = 1;
+  }
+  Together(const Together&) = delete;
+  Together& operator=(const Together&) = delete;
+
+  const cudaLaunchConfig_t& of(int blocks, void* stream) {
+    config_.gridDim = dim3(static_cast<unsigned>(blocks));
+    config_.stream = static_cast<cudaStream_t>(stream);
+    return config_;
+  }
+
+ private:
+  cudaLaunchAttribute attribute_{};
+  cudaLaunchConfig_t config_{};
+};
+
 template <class Args>
 void launch_all(const Plan& plan, Kernel<Args> kernel, Args& args, int device, void* stream) {
   const DeviceGuard guard(device);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)),
-        "shared memory of a fastrnn kernel");
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
+  const auto address = reinterpret_cast<const void*>(kernel);
+  Together together(address, plan.tier, plan.tiling.slices, plan.shared_bytes);
   for (args.first_group = 0; args.first_group < args.G; args.first_group += plan.groups) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(plan.blocks(std::min(plan.groups, args.G - args.first_group))));
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &cooperative;
-    config.numAttrs = 1;
-    check(cudaLaunchKernelEx(&config, kernel, args), "launch of a fastrnn kernel");
+    const int blocks = plan.blocks(std::min(plan.groups, args.G - args.first_group));
+    check(cudaLaunchKernelEx(&together.of(blocks, stream), kernel, args), "launch of a fastrnn kernel");
   }
+}
+
+// The largest cluster of blocks that each have a multiprocessor to themselves, 0 without clusters.
+int largest_cluster(int device, int64_t shared_bytes) {
+  if (!attribute(cudaDevAttrClusterLaunch, device)) return 0;
+  const DeviceGuard guard(device);
+  const auto kernel =
+      reinterpret_cast<const void*>(kernels(Precision::f32).forward[0][static_cast<int>(Tier::cluster)]);
+  for (int size = 16; size > 0; size /= 2) {
+    Together together(kernel, Tier::cluster, size, shared_bytes);
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &together.of(size, nullptr)) != cudaSuccess) {
+      cudaGetLastError();
+    } else if (clusters > 0) {
+      return size;
+    }
+  }
+  return 0;
 }
 
 }  // namespace
@@ -70,8 +112,9 @@ Limits device_limits(int index) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
   const bool cooperative = attribute(cudaDevAttrCooperativeLaunch, index) != 0;
-  return {10 * major + minor, cooperative ? attribute(cudaDevAttrMultiProcessorCount, index) : 0,
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
+  const int64_t shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  return {10 * major + minor, cooperative ? attribute(cudaDevAttrMultiProcessorCount, index) : 0, shared_bytes,
+          largest_cluster(index, shared_bytes)};
 }
 
 void launch(const Plan& plan, const Kernel<ForwardArgs>& kernel, ForwardArgs args, int device, void* stream) {

@@ -8,25 +8,39 @@ namespace fastrnn::cuda {
 namespace {
 
 // Microseconds, and bytes a microsecond and multiprocessor; estimates, to be replaced by benchmarks/handoff.cu's.
-constexpr double kHandOff = 1.0, kSharedRate = 200e3, kL2Rate = 40e3;
+constexpr double kGridHandOff = 1.0, kClusterHandOff = 0.5, kSharedRate = 200e3, kL2Rate = 40e3;
 
 Sizes sizes_of(const Request& r) {
   const int bytes = element_bytes(r.precision);
   return r.backward ? make_sizes(r.H, bytes, r.cell.gates, 1) : make_sizes(r.H, bytes, 1, r.cell.gates);
 }
 
-// Time of one step; the passes of a replica hide each other's hand-off, but for the last.
-double cost(const Request& r, const Sizes& sizes, const Plan& plan, int64_t passes) {
+int64_t passes_of(const Request& r, const Tiling& t) { return ceil_div(r.B, int64_t{t.batch_tiles} * kTileRows); }
+
+// Time of one step of everything; the passes of a replica hide each other's hand-off, but for the last.
+double cost(const Request& r, const Limits& limits, const Plan& plan) {
+  const Sizes sizes = sizes_of(r);
   const Tiling& t = plan.tiling;
+  const bool grid = plan.tier == Tier::grid;
   const double chunk = static_cast<double>(t.unit_tiles * sizes.weight_vectors() * kVectorBytes);
   const double near = chunk * t.resident_chunks;
   const double far = chunk * static_cast<double>(sizes.chunks() - t.resident_chunks);
   const double operand = static_cast<double>(t.batch_tiles * sizes.operand_vectors() * kVectorBytes);
-  const double pass = near / kSharedRate + (far + operand) / kL2Rate;
-  const auto launches = static_cast<double>(ceil_div(r.G, plan.groups));
-  return launches * (kHandOff + static_cast<double>(ceil_div(passes, t.replicas)) * pass);
+  const double pass = near / kSharedRate + far / kL2Rate + operand / (grid ? kL2Rate : kSharedRate);
+  const int64_t launches = ceil_div(r.G, plan.groups);
+  const int64_t waves = grid ? 1 : ceil_div(plan.blocks(plan.groups), limits.multiprocessors);
+  const double step =
+      (grid ? kGridHandOff : kClusterHandOff) + static_cast<double>(ceil_div(passes_of(r, t), t.replicas)) * pass;
+  return static_cast<double>(launches * waves) * step;
 }
 
+int64_t slot_bytes(const Request& r, const Tiling& t) {
+  if (passes_of(r, t) <= t.replicas) return 0;
+  const int values = r.backward ? 2 * r.cell.states : r.cell.states;
+  return r.G * passes_of(r, t) * t.batch_tiles * sizes_of(r).tiles() * values * 4 * 32 * 4;
+}
+
+// All blocks of a launch run at once, as they wait for each other; weights that do not fit come from L2.
 std::optional<Plan> grid_plan(const Request& r, const Limits& limits, int unit_tiles, int batch_tiles) {
   const Sizes sizes = sizes_of(r);
   const int64_t slices = ceil_div(sizes.tiles(), unit_tiles);
@@ -37,7 +51,7 @@ std::optional<Plan> grid_plan(const Request& r, const Limits& limits, int unit_t
   t.slices = static_cast<int>(slices);
   t.unit_tiles = unit_tiles;
   t.batch_tiles = batch_tiles;
-  const int64_t passes = ceil_div(r.B, int64_t{batch_tiles} * kTileRows);
+  const int64_t passes = passes_of(r, t);
   plan.groups = std::min(r.G, limits.multiprocessors / t.slices);
   t.replicas = static_cast<int>(std::min<int64_t>(passes, limits.multiprocessors / (plan.groups * t.slices)));
   const int64_t fixed = make_layout(sizes, t, 0).bytes;
@@ -49,10 +63,35 @@ std::optional<Plan> grid_plan(const Request& r, const Limits& limits, int unit_t
   plan.weight_bytes = plan.blocks(plan.groups) * (sizes.chunks() - resident) * chunk_bytes;
   const int64_t tiles = int64_t{r.G} * passes * batch_tiles;
   plan.operand_bytes = 2 * tiles * sizes.operand_vectors() * kVectorBytes;
-  const int values = r.backward ? 2 * r.cell.states : r.cell.states;
-  plan.slot_bytes = passes > t.replicas ? tiles * sizes.tiles() * values * 4 * 32 * 4 : 0;
+  plan.slot_bytes = slot_bytes(r, t);
   plan.flag_words = tiles * sizes.tiles();
   return plan;
+}
+
+// Clusters wait for nobody but themselves, so that there may be more of them than run at once. All weights and all
+// operands are in shared memory.
+std::optional<Plan> cluster_plan(const Request& r, const Limits& limits, int unit_tiles, int batch_tiles) {
+  const Sizes sizes = sizes_of(r);
+  const int64_t slices = ceil_div(sizes.tiles(), unit_tiles);
+  if (slices > limits.cluster) return std::nullopt;
+  Plan plan{};
+  plan.tier = Tier::cluster;
+  plan.groups = r.G;
+  Tiling& t = plan.tiling;
+  t.slices = static_cast<int>(slices);
+  t.unit_tiles = unit_tiles;
+  t.batch_tiles = batch_tiles;
+  t.resident_chunks = static_cast<int>(sizes.chunks());
+  const int64_t passes = passes_of(r, t), at_once = std::max<int64_t>(1, limits.multiprocessors / (r.G * slices));
+  for (const int64_t replicas : {std::min(passes, at_once), passes}) {
+    if (replicas * r.G * slices > std::numeric_limits<int32_t>::max()) return std::nullopt;
+    t.replicas = static_cast<int>(replicas);
+    plan.shared_bytes = make_layout(sizes, t, ceil_div(passes, replicas) * batch_tiles).bytes;
+    if (plan.shared_bytes > limits.shared_bytes) continue;
+    plan.slot_bytes = slot_bytes(r, t);
+    return plan;
+  }
+  return std::nullopt;
 }
 
 std::string beyond(const char* what, int64_t value, int64_t most) {
@@ -73,12 +112,14 @@ std::variant<Plan, std::string> make_plan(const Request& r, const Limits& limits
   double least = std::numeric_limits<double>::infinity();
   for (int unit_tiles = 1; unit_tiles <= kWarps; unit_tiles *= 2) {
     for (int batch_tiles = 1; batch_tiles <= 4 && unit_tiles * batch_tiles <= kWarps; batch_tiles *= 2) {
-      const std::optional<Plan> plan = grid_plan(r, limits, unit_tiles, batch_tiles);
-      if (!plan) continue;
-      const double time = cost(r, sizes_of(r), *plan, ceil_div(r.B, int64_t{batch_tiles} * kTileRows));
-      if (time >= least) continue;
-      least = time;
-      best = plan;
+      for (const auto& make : {cluster_plan, grid_plan}) {
+        const std::optional<Plan> plan = make(r, limits, unit_tiles, batch_tiles);
+        if (!plan) continue;
+        const double time = cost(r, limits, *plan);
+        if (time >= least) continue;
+        least = time;
+        best = plan;
+      }
     }
   }
   if (!best) {

@@ -12,6 +12,7 @@ struct Limits {
   int capability;        // 90 for 9.0
   int multiprocessors;   // that a launch may count on
   int64_t shared_bytes;  // of one block
+  int cluster;           // the most blocks of one, 0 without clusters
 };
 
 struct Request {

@@ -100,7 +100,8 @@ class Layers(RNNBase):
     def _forward_unbatched(
         self, x: Tensor, states: States | None, reset: Tensor | None, resets: States | None
     ) -> Any:
-        if torch._C._are_functorch_transforms_active() and states is reset is resets is None:
+        alone = states is None and reset is None and resets is None
+        if alone and torch._C._are_functorch_transforms_active():
             return self._results(*self._run(x, None))  # a vmap's members may be the batch
         y, ends, c = self._run(
             x.unsqueeze(1),

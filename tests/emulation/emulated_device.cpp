@@ -111,7 +111,6 @@ void multiply(Kind kind) {
 
 int thread() { return grid->current->thread; }
 int block() { return grid->current->block; }
-int cluster_size() { return grid->cluster; }
 
 char* shared_memory_of(int cluster_rank) {
   if (cluster_rank < 0) return here().shared;

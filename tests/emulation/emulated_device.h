@@ -16,10 +16,9 @@ namespace emulated {
 bool run(int blocks, int threads, int cluster, int64_t shared_bytes, uint64_t seed, const std::function<void()>& body);
 
 void yield();
-char* shared_memory_of(int cluster_rank);
+char* shared_memory_of(int cluster_rank);  // -1: the caller's own
 int thread();
 int block();
-int cluster_size();
 void barrier_of_block();
 void barrier_of_warp();
 void barrier_of_cluster();
@@ -90,6 +89,31 @@ inline void store_release(uint32_t* flag, uint32_t value) {
   *flag = value;
 }
 inline void store_for_host(uint32_t* word, uint32_t value) { *word = value; }
+
+// A barrier's 64 bits: arrivals of a phase, arrivals still missing in this one, and the phase's parity.
+inline constexpr int kMissing = 31, kParity = 63;
+
+inline void* in_block(void* mine, int rank) {
+  return emulated::shared_memory_of(rank) + (static_cast<char*>(mine) - shared_memory());
+}
+inline void store_to_block(Vector* mine, int rank, const Vector& v) { *static_cast<Vector*>(in_block(mine, rank)) = v; }
+inline void init_barrier(Barrier* barrier, uint32_t arrivals) {
+  *barrier = arrivals | static_cast<uint64_t>(arrivals) << kMissing;
+}
+inline void publish_barriers() {}
+inline void arrive_at_block(Barrier* mine, int rank) {
+  emulated::yield();
+  Barrier& barrier = *static_cast<Barrier*>(in_block(mine, rank));
+  barrier -= 1ull << kMissing;
+  const uint64_t arrivals = barrier & ((1ull << kMissing) - 1), low = (1ull << kParity) - 1;
+  if ((barrier & low) >> kMissing) return;
+  barrier = (~barrier & 1ull << kParity) | arrivals << kMissing | arrivals;
+}
+inline bool phase_ended(Barrier* barrier, uint32_t parity) {
+  emulated::yield();
+  return *barrier >> kParity != parity;
+}
+inline void cluster_barrier() { emulated::barrier_of_cluster(); }
 
 inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   emulated::mma(emulated::Kind::bf16, d, {a0, a1, a2, a3}, {b0, b1});
