@@ -18,7 +18,7 @@ TORCH := torch==2.13.0
 
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CXX_FILES := $(filter-out setup.py,$(SOURCES)) $(wildcard tests/sanitize/*.cpp tests/sanitize/*.h \
-	tests/emulation/*.cpp tests/emulation/*.h)
+	tests/emulation/*.cpp tests/emulation/*.h benchmarks/*.cu)
 
 .PHONY: demo test bench lint sanitize build clean
 .DELETE_ON_ERROR:

@@ -4,6 +4,8 @@ limits, and the compiler's report of its kernels. Skipped where the build has le
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,15 @@ def test_it_serves_only_when_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) 
     assert "asked for by name" in fastrnn.explain(layer, x)[0].refusals["cuda"]
     with fastrnn.backend("cuda"):
         assert fastrnn.explain(layer, x)[0].serves == "cuda"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_the_benchmark_of_hand_offs_compiles(architecture: str, tmp_path: Path) -> None:
+    root, target = Path(__file__).parents[1], tmp_path / "handoff.o"
+    flags = ["-std=c++17", "-Icsrc", f"-arch={architecture}", "-c", "-o", str(target)]
+    subprocess.run(["nvcc", *flags, "benchmarks/handoff.cu"], cwd=root, check=True)
+    assert target.exists()
 
 
 @pytest.mark.skipif(not LOGS, reason="the logs of the CUDA build are not here")
