@@ -7,6 +7,7 @@
 //   flags in L2      512 bytes from each block to all others, as GridExchange sends them
 //   cluster barrier  of the blocks of one cluster
 //   shared memory    512 bytes from each block to all others of its cluster, as ClusterExchange sends them
+//   asynchronously   the same by st.async, which tells the receiver's barrier itself how many bytes have come
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -71,12 +72,24 @@ __global__ void __launch_bounds__(kThreads, 1) barrier_of_cluster(Memory*) {
   for (int step = 0; step < kSteps; ++step) cluster_barrier();
 }
 
+__device__ void store_asynchronously(Vector* mine, int rank, const Vector& v, Barrier* barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   in_block(mine, rank)),
+               "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "r"(in_block(barrier, rank))
+               : "memory");
+}
+__device__ void expect_bytes(Barrier* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(in_shared(barrier)), "r"(bytes)
+               : "memory");
+}
+
+template <bool asynchronous>
 __global__ void __launch_bounds__(kThreads, 1) through_shared_memory(Memory* memory) {
   __shared__ Vector data[2][kLargestCluster][32];
   __shared__ Barrier barriers[2];
   const int blocks = static_cast<int>(gridDim.x), lane = thread_index() % 32;
   if (thread_index() == 0) {
-    for (Barrier& b : barriers) init_barrier(&b, static_cast<uint32_t>(blocks));
+    for (Barrier& b : barriers) init_barrier(&b, asynchronous ? 1 : static_cast<uint32_t>(blocks));
     publish_barriers();
   }
   cluster_barrier();
@@ -84,15 +97,17 @@ __global__ void __launch_bounds__(kThreads, 1) through_shared_memory(Memory* mem
   for (int step = 0; step < kSteps; ++step) {
     if (thread_index() < 32) {
       const auto number = static_cast<uint32_t>(step) + 1;
+      const Vector value{{number, number, number, number}};
+      Vector* const mine = &data[step % 2][block_index()][lane];
+      Barrier* const barrier = &barriers[step % 2];
+      if (asynchronous && lane == 0) expect_bytes(barrier, static_cast<uint32_t>(blocks * 32 * sizeof(Vector)));
       for (int i = 0; i < blocks; ++i) {
         const int rank = (block_index() + i) % blocks;
-        store_to_block(&data[step % 2][block_index()][lane], rank, {{number, number, number, number}});
+        asynchronous ? store_asynchronously(mine, rank, value, barrier) : store_to_block(mine, rank, value);
       }
       warp_barrier();
-      if (lane < blocks) arrive_at_block(&barriers[step % 2], lane);
-      if (lane == 0) {
-        poll(*memory, [&] { return phase_ended(&barriers[step % 2], static_cast<uint32_t>(step / 2 % 2)); });
-      }
+      if (!asynchronous && lane < blocks) arrive_at_block(barrier, lane);
+      if (lane == 0) poll(*memory, [&] { return phase_ended(barrier, static_cast<uint32_t>(step / 2 % 2)); });
     }
     block_barrier();
     for (int i = thread_index(); i < 32 * blocks; i += kThreads) sum += data[step % 2][i / 32][i % 32].word[0];
@@ -104,6 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1) through_shared_memory(Memory* mem
 
 #else
 __global__ void barrier_of_cluster(Memory*) {}
+template <bool asynchronous>
 __global__ void through_shared_memory(Memory*) {}
 #endif
 
@@ -185,7 +201,8 @@ int main() {
   print("flags in L2", flags_in_l2, false, true, most, memory);
   if (clusters) {
     print("cluster barrier", barrier_of_cluster, true, false, kLargestCluster, memory);
-    print("shared memory", through_shared_memory, true, true, kLargestCluster, memory);
+    print("shared memory", through_shared_memory<false>, true, true, kLargestCluster, memory);
+    print("asynchronously", through_shared_memory<true>, true, true, kLargestCluster, memory);
   }
   check(cudaFree(memory));
   return 0;

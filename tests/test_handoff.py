@@ -44,9 +44,6 @@ class Grid:
         n = self.blocks
         return (((-1, "write", 0),) * n, (0,) * n, ((-1,) * n,) * self.buffers)
 
-    def done(self, state: State) -> bool:
-        return all(doing == "done" for _, doing, _ in state[0])
-
     def successors(self, state: State) -> Iterator[State]:
         blocks, flags, memory = state
         n = self.blocks
@@ -100,9 +97,6 @@ class Cluster:
             (((-1,) * n,) * buffers,) * n,
         )
 
-    def done(self, state: State) -> bool:
-        return all(doing == "done" for _, doing, _ in state[0])
-
     def successors(self, state: State) -> Iterator[State]:
         blocks, barriers, memory = state
         n = self.blocks
@@ -150,7 +144,7 @@ def explore(protocol: Grid | Cluster) -> int:
     while stack:
         state = stack.pop()
         following = list(protocol.successors(state))
-        if not following and not protocol.done(state):
+        if not following and any(doing != "done" for _, doing, _ in state[0]):
             raise BrokenError("everybody waits")
         fresh = [s for s in following if s not in seen]
         seen.update(fresh)

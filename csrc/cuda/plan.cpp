@@ -34,6 +34,15 @@ double cost(const Request& r, const Limits& limits, const Plan& plan) {
   return static_cast<double>(launches * waves) * step;
 }
 
+Plan sketch(Tier tier, int64_t slices, int unit_tiles, int batch_tiles) {
+  Plan plan{};
+  plan.tier = tier;
+  plan.tiling.slices = static_cast<int>(slices);
+  plan.tiling.unit_tiles = unit_tiles;
+  plan.tiling.batch_tiles = batch_tiles;
+  return plan;
+}
+
 int64_t slot_bytes(const Request& r, const Tiling& t) {
   if (passes_of(r, t) <= t.replicas) return 0;
   const int values = r.backward ? 2 * r.cell.states : r.cell.states;
@@ -45,12 +54,8 @@ std::optional<Plan> grid_plan(const Request& r, const Limits& limits, int unit_t
   const Sizes sizes = sizes_of(r);
   const int64_t slices = ceil_div(sizes.tiles(), unit_tiles);
   if (slices > limits.multiprocessors) return std::nullopt;
-  Plan plan{};
-  plan.tier = Tier::grid;
+  Plan plan = sketch(Tier::grid, slices, unit_tiles, batch_tiles);
   Tiling& t = plan.tiling;
-  t.slices = static_cast<int>(slices);
-  t.unit_tiles = unit_tiles;
-  t.batch_tiles = batch_tiles;
   const int64_t passes = passes_of(r, t);
   plan.groups = std::min(r.G, limits.multiprocessors / t.slices);
   t.replicas = static_cast<int>(std::min<int64_t>(passes, limits.multiprocessors / (plan.groups * t.slices)));
@@ -74,13 +79,9 @@ std::optional<Plan> cluster_plan(const Request& r, const Limits& limits, int uni
   const Sizes sizes = sizes_of(r);
   const int64_t slices = ceil_div(sizes.tiles(), unit_tiles);
   if (slices > limits.cluster) return std::nullopt;
-  Plan plan{};
-  plan.tier = Tier::cluster;
+  Plan plan = sketch(Tier::cluster, slices, unit_tiles, batch_tiles);
   plan.groups = r.G;
   Tiling& t = plan.tiling;
-  t.slices = static_cast<int>(slices);
-  t.unit_tiles = unit_tiles;
-  t.batch_tiles = batch_tiles;
   t.resident_chunks = static_cast<int>(sizes.chunks());
   const int64_t passes = passes_of(r, t), at_once = std::max<int64_t>(1, limits.multiprocessors / (r.G * slices));
   for (const int64_t replicas : {std::min(passes, at_once), passes}) {
