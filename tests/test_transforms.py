@@ -219,6 +219,27 @@ def test_per_sample_gradients_of_a_module(
         torch.testing.assert_close(found[name], torch.stack([e[name] for e in each]))
 
 
+@cells
+def test_per_sample_gradients_can_be_changed_one_by_one(cell: str) -> None:
+    """They are one allocation, and yet autograd tells a change of one from that of another."""
+    (x, *weights), layer = small(cell)
+    places = tuple(range(1, 1 + len(weights)))
+    with using("cpu"):
+        found = vmap(grad(loss_of(layer), places), (0, *(None,) * len(weights)))(
+            torch.stack([x, -x]), *weights
+        )
+    before = [g.clone() for g in found]
+    for k, changed in enumerate(found):
+        versions = [g._version for g in found]
+        changed.zero_()
+        after = [g._version for g in found]
+        assert [a != b for a, b in zip(after, versions, strict=True)] == [
+            j == k for j in range(len(found))
+        ]
+        for mine, kept in zip(found[k + 1 :], before[k + 1 :], strict=True):
+            assert torch.equal(mine, kept)
+
+
 @backends
 @pytest.mark.parametrize(("_theirs", "step", "options"), STEPS)
 def test_cells(_theirs: Any, step: Any, options: dict[str, Any], backend: str) -> None:

@@ -205,12 +205,11 @@ def _backward(
     dx = _empty_like(x) if needs[0] else None
     dh0 = x.new_empty(shapes.h_n) if needs[1] else None
     dc0 = x.new_empty(shapes.c_n) if needs[2] and shapes.c_n is not None else None
-    dweights = [
-        None if w is None or not needed
-        else _empty_like(w) if samples == 1
-        else _empty_gradients(problem, w, samples)
-        for w, needed in zip(weights, needs[5:], strict=True)
-    ]  # fmt: skip
+    wanted = [w if needed else None for w, needed in zip(weights, needs[5:], strict=True)]
+    if samples == 1:
+        dweights = [None if w is None else _empty_like(w) for w in wanted]
+    else:
+        dweights = _empty_gradients(problem, wanted, samples)
     if problem.T:
         _workspace.run(
             _C.backward, _CELLS[problem.cell.name][0], torch.get_num_threads(), problem.reverse,
@@ -278,12 +277,26 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def _empty_gradients(problem: Problem, weight: Tensor, samples: int) -> Tensor:
+def _empty_gradients(
+    problem: Problem, weights: Sequence[Tensor | None], samples: int
+) -> list[Tensor | None]:
     """As the kernels fill them: [samples, *weight.shape], or, of stacked weights, [G, samples,
-    ...]."""
-    if problem.stacked:
-        return weight.new_empty(problem.G, samples, *weight.shape[1:])
-    return weight.new_empty(samples, *weight.shape)
+    ...].
+
+    They are large, come and go together, and so are one allocation: of several, malloc returns to
+    the system what it takes again in the next call, page by page."""
+    memory, offsets = None, [0]
+    for w in weights:  # each from a cache line of its own on
+        offsets.append(offsets[-1] + (0 if w is None else -(-w.numel() * samples // 64) * 64))
+    found: list[Tensor | None] = []
+    for w, offset in zip(weights, offsets, strict=False):
+        if w is None:
+            found.append(None)
+            continue
+        memory = memory or w.new_empty(offsets[-1]).untyped_storage()
+        shape = (problem.G, samples, *w.shape[1:]) if problem.stacked else (samples, *w.shape)
+        found.append(w.new_empty(0).set_(memory, offset, shape))  # type: ignore[call-overload]
+    return found
 
 
 CPU = _Cpu()
