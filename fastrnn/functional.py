@@ -212,7 +212,8 @@ def _route(
     if route is not None:
         return route if route.settled else Route.find(route.problem, recompute, plain)
     if inputs.unbatched() and torch._C._are_functorch_transforms_active():
-        x, *_ = inputs = inputs.with_batch()
+        inputs = inputs.with_batch()
+        x = inputs.x
     if check is not None:
         check(x, states, weights, batch_sizes)
     if batch is None:

@@ -236,10 +236,10 @@ def _forward_and_pull(
 ) -> tuple[Sequence[Tensor | None], _Pull] | None:
     """Under vmaps alone, a forward pass and what runs its backward pass; None where a vmap does not
     fold."""
-    level = _innermost()
+    level, inputs = _innermost(), as_inputs(tensors)
+    unbatched = inputs.unbatched()
     if level is None:
-        inputs = as_inputs(tensors)
-        if inputs.unbatched():
+        if unbatched:
             return None
         route = Route.below(call.problem, call.backend, inputs)
         y, h_n, c_n, c, saved = route.forward(inputs, True)
@@ -251,7 +251,6 @@ def _forward_and_pull(
         return (y, h_n, c_n, c), pull_kernel
     number = level.level()
     given, dims = _unwrap_members(tensors, number)
-    unbatched = as_inputs(tensors).unbatched()
     members = _members_on(call.backend, level, call.problem, dims, unbatched)
     if members is None:
         return None

@@ -67,14 +67,13 @@ class Grid:
                 early = not self.publish_after_write
                 if (doing == "write") != early:
                     buffer = (operand + 1) % self.buffers
-                    rows = list(memory)
-                    rows[buffer] = (*rows[buffer][:i], operand + 1, *rows[buffer][i + 1 :])
-                    new_memory = tuple(rows)
+                    row = _replaced(memory[buffer], i, operand + 1)
+                    new_memory = _replaced(memory, buffer, row)
                 else:
-                    new_flags = (*flags[:i], self.published(operand + 1), *flags[i + 1 :])
+                    new_flags = _replaced(flags, i, self.published(operand + 1))
                 last = doing == "publish"
                 after = (operand + 1, "wait", 0) if last else (operand, "publish", 0)
-            yield (*blocks[:i], after, *blocks[i + 1 :]), new_flags, new_memory
+            yield _replaced(blocks, i, after), new_flags, new_memory
 
 
 @dataclasses.dataclass(frozen=True)
