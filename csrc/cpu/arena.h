@@ -13,6 +13,11 @@
 
 namespace fastrnn {
 
+// How many threads, or sets of them, have something each, and which of them asks.
+struct Copies {
+  int number, mine;
+};
+
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -25,10 +30,21 @@ class Arena {
     if (p) fence(p, bytes, room);
     return reinterpret_cast<T*>(p);
   }
+  // Pages apart: a core that fetches ahead must not take away lines that another one is writing.
+  template <class T>
+  T* take(int64_t count, Copies copies) {
+    T* mine = nullptr;
+    for (int i = 0; i < copies.number && count; ++i) {
+      T* const copy = take<T>(count);
+      if (copies.number > 1) used_ += kPage;
+      if (i == copies.mine) mine = copy;
+    }
+    return mine;
+  }
   int64_t used() const { return used_; }
 
  private:
-  static constexpr int64_t kAlign = 64;
+  static constexpr int64_t kAlign = 64, kPage = 4096;
   // AddressSanitizer is to see what strays from one piece into the next.
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr int64_t kGap = 64;

@@ -17,11 +17,12 @@ struct BackwardLayout {
   static constexpr bool kCopies = kRowPad<T> > 1;
   struct GroupBuffers {
     Panels<T> hh, hr;          // W_hh and W_hr by columns
-    T* dgates[2];              // [B, depth] of the step after, in turn, where kCopies
-    T* dh;                     // [B, products.proj_depth] of the projected states: likewise
-    A* dstates[Cell::states];  // [blocks, B, kUnitPad] passed back past W_hh
-    T* h0;                     // [B, Op] initial states, zeros where none were given
-    A* c0;                     // [blocks, B, kUnitPad]
+    // Of the rows of one part:
+    T* dgates[2];              // [step_rows, depth] of the step after, in turn, where kCopies
+    T* dh;                     // [step_rows, products.proj_depth] of the projected states: likewise
+    A* dstates[Cell::states];  // [blocks, step_rows, kUnitPad] passed back past W_hh
+    T* h0;                     // [step_rows, Op] initial states, zeros where none were given
+    A* c0;                     // [blocks, step_rows, kUnitPad]
   };
   // Where one batch row's vectors lie in one step.
   struct Row {
@@ -31,32 +32,36 @@ struct BackwardLayout {
     Strided<A> dstates[Cell::states];
   };
 
-  BackwardLayout(const BackwardArgs& args, const Plan& plan, void* base, int thread_index)
+  BackwardLayout(const BackwardArgs& args, const Plan& plan, void* base, const Share& share)
       : Hp(round_up(args.H, kUnitPad)),
         Op(round_up(args.out(), kUnitPad)),
         depth(round_up(Cell::gates * Hp, kDepthPad<T>)),
+        step_rows(ceil_div(args.seq.B, plan.row_parts)),
         arena_(base),
-        products(arena_, args, plan, Cell::gates, Cell::shared_dgates, thread_index) {
+        products(arena_, args, plan, Cell::gates, Cell::shared_dgates, share) {
     for (int g = 0; g < args.G; ++g) {
       GroupBuffers& buffers = group[g];
       const int vectors = args.P ? plan.proj_vectors : plan.panel_vectors;
-      buffers.hh = Panels<T>::make(arena_, args.out(), vectors, 1, depth, false, plan.pack);
-      buffers.hr = Panels<T>::make(arena_, args.H, plan.panel_vectors, 1, products.proj_depth, false, args.P > 0);
-      const int64_t rows = args.seq.B + kRowPad<T> * plan.row_parts;
-      for (T*& d : buffers.dgates) d = arena_.template take<T>(kCopies ? rows * depth : 0);
-      buffers.dh = arena_.template take<T>(args.P ? rows * products.proj_depth : 0);
-      for (int k = 0; k < Cell::states; ++k) buffers.dstates[k] = arena_.template take<A>(args.seq.B * (k ? Hp : Op));
-      buffers.h0 = arena_.template take<T>(args.seq.B * Op);
-      buffers.c0 = Cell::states > 1 ? arena_.template take<A>(args.seq.B * Hp) : nullptr;
+      buffers.hh = Panels<T>::make(arena_, args.out(), vectors, 1, depth, false, plan.pack,
+                                   share.of_weights());
+      buffers.hr = Panels<T>::make(arena_, args.H, plan.panel_vectors, 1, products.proj_depth, false, args.P > 0,
+                                   share.of_weights());
+      const int64_t padded = step_rows + kRowPad<T>;
+      const Copies parts = share.of_row_parts();
+      for (T*& d : buffers.dgates) d = arena_.template take<T>(kCopies ? padded * depth : 0, parts);
+      buffers.dh = arena_.template take<T>(args.P ? padded * products.proj_depth : 0, parts);
+      for (int k = 0; k < Cell::states; ++k) {
+        buffers.dstates[k] = arena_.template take<A>(step_rows * (k ? Hp : Op), parts);
+      }
+      buffers.h0 = arena_.template take<T>(step_rows * Op, parts);
+      buffers.c0 = arena_.template take<A>(Cell::states > 1 ? step_rows * Hp : 0, parts);
     }
-    for (int i = 0; i < plan.threads; ++i) {
-      Row* const r = arena_.template take<Row>(ceil_div(args.seq.B, plan.row_parts));
-      if (i == thread_index) rows = r;
-    }
+    rows = arena_.template take<Row>(step_rows, share.of_threads());
   }
   int64_t bytes() const { return arena_.used(); }
 
   int64_t Hp, Op, depth;
+  int64_t step_rows;  // most of a step that one thread has
   GroupBuffers group[kMaxGroups];
   Row* rows = nullptr;
 
@@ -112,7 +117,7 @@ class BackwardScan {
     }
     if (dh0_) {
       const int64_t rows = share_.count(seq_.active(group_.step_to_time(0, seq_.T)));
-      for_each_run(buffers_.hh, dgates_after(-1), rows, -1,
+      for_each_run(buffers_.hh, dgates_after(-1), dgates_ld(), rows, -1,
                    [&](int64_t j0, int n, int64_t p) { initial_gradient(j0, 0, n, p); });
       store_state_gradient(0, dh0_, out_units_, out_, share_.count(seq_.active(0)));
     }
@@ -127,20 +132,27 @@ class BackwardScan {
     for (int64_t j = 0; j < share_.count(seq_.B); ++j) {
       const int64_t b = share_.row(j);
       if constexpr (Layout::kCopies) {
-        for (T* d : buffers_.dgates) clear_padding(d + b * layout_.depth);
+        for (T* d : buffers_.dgates) clear_padding(d + j * layout_.depth);
       }
-      start_state(buffers_.dstates[0], b, dh_n_, out_units_, out_);
-      T* const h = buffers_.h0 + b * layout_.Op;
+      start_state(buffers_.dstates[0], j, dh_n_, out_units_, out_);
+      T* const h = buffers_.h0 + j * layout_.Op;
       for (int64_t u = out_units_.begin; u < out_units_.end; ++u) h[u] = h0_ && u < out_ ? h0_[b * out_ + u] : T{};
       if constexpr (Cell::states > 1) {
-        start_state(buffers_.dstates[1], b, dc_n_, units_, args_.H);
-        start_state(buffers_.c0, b, c0_, units_, args_.H);
+        start_state(buffers_.dstates[1], j, dc_n_, units_, args_.H);
+        start_state(buffers_.c0, j, c0_, units_, args_.H);
       }
     }
   }
 
-  void start_state(A* states, int64_t b, const T* values, Range units, int64_t columns) const {
-    const Strided<A> row = strided_row(states, seq_.B, b, 1);
+  // My j-th row of an array of cell states or of what is passed back.
+  template <class State>
+  Strided<State> state_row(State* states, int64_t j) const {
+    return strided_row(states, layout_.step_rows, j, 1);
+  }
+
+  void start_state(A* states, int64_t j, const T* values, Range units, int64_t columns) const {
+    const Strided<A> row = state_row(states, j);
+    const int64_t b = share_.row(j);
     for (int64_t u = units.begin; u < units.end; u += lanes) {
       store(row.vector(u), values && u < columns ? load_first(values + b * columns + u, columns - u) : V{});
     }
@@ -158,18 +170,19 @@ class BackwardScan {
     for (int64_t u = begin; u < end; ++u) row[u] = T{};
   }
 
-  // dgates of step s + 1, my rows, depth * row_parts apart. Past the last step there are none.
+  // dgates of step s + 1, my rows, dgates_ld() apart. Past the last step there are none.
   const T* dgates_after(int64_t s) const {
-    if constexpr (Layout::kCopies) return buffers_.dgates[(s + 1) & 1] + share_.row(0) * layout_.depth;
+    if constexpr (Layout::kCopies) return buffers_.dgates[(s + 1) & 1];
     if (s + 1 == seq_.T) return nullptr;
     return dgates_h_ + (seq_.offset(group_.step_to_time(s + 1, seq_.T)) + share_.row(0)) * layout_.depth;
   }
 
+  int64_t dgates_ld() const { return Layout::kCopies ? layout_.depth : share_.row_step * layout_.depth; }
+
   // Calls body(first row, rows, panel) over my panels of `w` for runs of my first `rows` rows, `stage_` holding their
   // product with the panel. Row j of `a` is my j-th one.
   template <class Body>
-  void for_each_run(const Panels<T>& w, const T* a, int64_t rows, int64_t s, Body body) {
-    const int64_t ld = share_.row_parts * w.depth;
+  void for_each_run(const Panels<T>& w, const T* a, int64_t ld, int64_t rows, int64_t s, Body body) {
     const Sweep sweep(share_.panels(w.count), s);
     for (int64_t p = sweep.first; p != sweep.end; p += sweep.stride) {
       const T* const next = w.panel(p + sweep.stride == sweep.end ? p : p + sweep.stride);
@@ -187,7 +200,7 @@ class BackwardScan {
   template <class Body>
   void for_each_state(int64_t s, int64_t rows, int64_t before, Body body) {
     const Panels<T>& w = buffers_.hh;
-    for_each_run(w, dgates_after(s), before, s, [&](int64_t j0, int n, int64_t p) {
+    for_each_run(w, dgates_after(s), dgates_ld(), before, s, [&](int64_t j0, int n, int64_t p) {
       const int active = static_cast<int>(rows - j0 < 0 ? 0 : rows - j0 < n ? rows - j0 : n);
       body(rows_ + j0, active, p, w.width());
       if (dh0_) initial_gradient(j0, active, n, p);
@@ -203,7 +216,7 @@ class BackwardScan {
     const int64_t t = group_.step_to_time(s, seq_.T);
     const int64_t rows = share_.count(seq_.active(t));
     const int64_t before = s + 1 < seq_.T ? share_.count(seq_.active(group_.time_after(t))) : 0;
-    for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(share_.row(j), s, t);
+    for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(j, s, t);
     if (!args_.P) {
       for_each_state(s, rows, before,
                      [&](const Row* r, int n, int64_t p, int64_t stride) { apply_cell(r, n, p, stride); });
@@ -212,28 +225,28 @@ class BackwardScan {
     for_each_state(s, rows, before,
                    [&](const Row* r, int n, int64_t p, int64_t stride) { add_output_gradient(r, n, p, stride); });
     share_.sync();
-    for_each_run(buffers_.hr, buffers_.dh + share_.row(0) * buffers_.hr.depth, rows, s,
+    for_each_run(buffers_.hr, buffers_.dh, buffers_.hr.depth, rows, s,
                  [&](int64_t j0, int n, int64_t p) { apply_cell(rows_ + j0, n, p, buffers_.hr.width()); });
   }
 
-  typename Layout::Row find_row(int64_t b, int64_t s, int64_t t) const {
-    const int64_t n = seq_.offset(t) + b, before = group_.time_before(t);
+  typename Layout::Row find_row(int64_t j, int64_t s, int64_t t) const {
+    const int64_t b = share_.row(j), n = seq_.offset(t) + b, before = group_.time_before(t);
     typename Layout::Row r{};
     r.gates = strided_row(gates_ + seq_.offset(t) * Cell::saved * layout_.Hp, seq_.active(t), b, Cell::saved);
     r.dy = dy_ ? dy_ + n * args_.G * out_ : nullptr;
-    if constexpr (Layout::kCopies) r.dgates = buffers_.dgates[s & 1] + b * layout_.depth;
+    if constexpr (Layout::kCopies) r.dgates = buffers_.dgates[s & 1] + j * layout_.depth;
     r.dgates_x = dgates_x_ + n * layout_.depth;
     r.dgates_h = dgates_h_ + n * layout_.depth;
-    r.dh = args_.P ? buffers_.dh + b * buffers_.hr.depth : nullptr;
+    r.dh = args_.P ? buffers_.dh + j * buffers_.hr.depth : nullptr;
     r.dprojection = args_.P ? dprojection_ + n * buffers_.hr.depth : nullptr;
-    for (int k = 0; k < Cell::states; ++k) r.dstates[k] = strided_row(buffers_.dstates[k], seq_.B, b, 1);
+    for (int k = 0; k < Cell::states; ++k) r.dstates[k] = state_row(buffers_.dstates[k], j);
     const int64_t rows_before = seq_.active_or_none(before);
     const bool initial = b >= rows_before;
     if (!args_.P) {
-      r.h_before = initial ? buffers_.h0 + b * layout_.Op : y_ + (seq_.offset(before) + b) * args_.G * out_;
+      r.h_before = initial ? buffers_.h0 + j * layout_.Op : y_ + (seq_.offset(before) + b) * args_.G * out_;
     }
     if constexpr (Cell::states > 1) {
-      r.c_before = initial ? strided_row<const A>(buffers_.c0, seq_.B, b, 1)
+      r.c_before = initial ? state_row<const A>(buffers_.c0, j)
                            : strided_row(cells_ + seq_.offset(before) * layout_.Hp, rows_before, b, 1);
       r.dc = dc_ ? dc_ + n * args_.G * args_.H : nullptr;
     }
@@ -319,10 +332,9 @@ class BackwardScan {
       const int64_t u = (p * w.nv + v) * lanes;
       if (u >= out_) return;
       for (int r = from; r < n; ++r) {
-        const int64_t b = share_.row(j0 + r);
-        const V d =
-            load(stage_ + r * w.width() + v * lanes) + load(strided_row(buffers_.dstates[0], seq_.B, b, 1).vector(u));
-        store_first(dh0_ + b * out_ + u, d, out_ - u);
+        const A* const waiting = state_row(buffers_.dstates[0], j0 + r).vector(u);
+        const V d = load(stage_ + r * w.width() + v * lanes) + load(waiting);
+        store_first(dh0_ + share_.row(j0 + r) * out_ + u, d, out_ - u);
       }
     }
   }
@@ -332,7 +344,7 @@ class BackwardScan {
     for (int64_t j = first; j < share_.count(seq_.B); ++j) {
       const int64_t b = share_.row(j);
       for (int64_t u = units.begin; u < units.end && u < columns; u += lanes) {
-        store_first(out + b * columns + u, load(strided_row(buffers_.dstates[k], seq_.B, b, 1).vector(u)), columns - u);
+        store_first(out + b * columns + u, load(state_row(buffers_.dstates[k], j).vector(u)), columns - u);
       }
     }
   }
@@ -357,16 +369,16 @@ class BackwardScan {
 template <class Cell, class T>
 void backward(const BackwardArgs& args, const Plan& plan, const Team& team, int thread) {
   const TileScope tiles;
-  const BackwardLayout<Cell, T> layout(args, plan, args.workspace, thread);
-  const Share share = Share::of(plan, team, args.G, thread);
+  const Share share = Share::of(plan, team, args, thread);
+  const BackwardLayout<Cell, T> layout(args, plan, args.workspace, share);
   Products<T> products(args, layout.products, team, share, Cell::gates, Cell::shared_dgates);
   if (thread == 0) products.prepare();
   for (int64_t g = share.groups.begin; g < share.groups.end; ++g) {
     const Panels<T>&hh = layout.group[g].hh, &hr = layout.group[g].hr;
-    const Range mine = share.packs(plan.pack ? hh.count : 0);
+    const Range mine = share.packs_of_weights(plan.pack ? hh.count : 0);
     const T* const w_hh = static_cast<const T*>(args.groups[g].w_hh);
     for (int64_t p = mine.begin; p < mine.end; ++p) pack_columns(hh, p, w_hh, Cell::gates, args.H, args.out());
-    const Range projected = share.packs(args.P ? hr.count : 0);
+    const Range projected = share.packs_of_weights(args.P ? hr.count : 0);
     const T* const w_hr = static_cast<const T*>(args.groups[g].w_hr);
     for (int64_t p = projected.begin; p < projected.end; ++p) pack_columns(hr, p, w_hr, 1, args.P, args.H);
   }
@@ -381,7 +393,7 @@ void backward(const BackwardArgs& args, const Plan& plan, const Team& team, int 
 
 template <class Cell, class T>
 int64_t backward_bytes(const BackwardArgs& args, const Plan& plan) {
-  return BackwardLayout<Cell, T>(args, plan, nullptr, 0).bytes();
+  return BackwardLayout<Cell, T>(args, plan, nullptr, Share::of(plan, Team{}, args, 0)).bytes();
 }
 
 }  // namespace FASTRNN_ISA

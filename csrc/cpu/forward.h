@@ -32,10 +32,11 @@ struct ForwardLayout {
   using A = Acc<T>;
   struct GroupBuffers {
     Weights<T> ih, hh, hr;
-    T* h[2];     // [B, Ok] before and after a step, in turn
-    T* whole_h;  // [B, Hk] what is projected
-    A* c;        // [blocks, B, kUnitPad] initial cell states, and the current ones where they are not saved
-    A* gates_x;  // [row parts][panels][gates_rows, panel width] as the product with the input leaves them
+    // Of the rows of one part:
+    T* h[2];     // [step_rows, Ok] before and after a step, in turn
+    T* whole_h;  // [step_rows, Hk] what is projected
+    A* c;        // [blocks, step_rows, kUnitPad] initial cell states, and the current ones where they are not saved
+    A* gates_x;  // [panels][gates_rows, panel width] as the product with the input leaves them
   };
   // Where one batch row's vectors lie in one step.
   struct Row {
@@ -49,16 +50,17 @@ struct ForwardLayout {
     Row* rows;          // [rows of a step]
   };
 
-  ForwardLayout(const ForwardArgs& args, const Plan& plan, void* base, int thread_index)
+  ForwardLayout(const ForwardArgs& args, const Plan& plan, void* base, const Share& share)
       : Hp(round_up(args.H, kUnitPad)),
         Hk(round_up(Hp, kDepthPad<T>)),
         Op(round_up(args.out(), kUnitPad)),
         Ok(round_up(Op, kDepthPad<T>)),
         Ik(round_up(args.I, kDepthPad<T>)),
+        step_rows(ceil_div(args.seq.B, plan.row_parts)),
         arena_(base),
-        pack_(plan.pack) {
+        pack_(plan.pack),
+        copies_(share.of_weights()) {
     const Sequence& seq = args.seq;
-    const int64_t step_rows = ceil_div(seq.B, plan.row_parts);  // of one thread
     chunk_rows = (plan.chunk < seq.T ? plan.chunk : seq.T) * step_rows;
     gates_rows = RowBlocks<T>::written(chunk_rows, plan.split_input) | 1;
     for (int g = 0; g < args.G; ++g) {
@@ -67,27 +69,27 @@ struct ForwardLayout {
       buffers.ih = weights(given.w_ih, given.b_ih, Cell::gates, args.H, args.I, plan.panel_vectors, plan.split_input);
       buffers.hh =
           weights(given.w_hh, given.b_hh, Cell::gates, args.H, args.out(), plan.panel_vectors, plan.split_state);
-      const int64_t rows = seq.B + kRowPad<T> * plan.row_parts;
-      for (T*& h : buffers.h) h = arena_.template take<T>(rows * Ok);
+      const int64_t rows = step_rows + kRowPad<T>;
+      const Copies parts = share.of_row_parts();
+      for (T*& h : buffers.h) h = arena_.template take<T>(rows * Ok, parts);
       if (args.P) {
         buffers.hr = weights(given.w_hr, nullptr, 1, args.P, args.H, plan.proj_vectors, plan.split_state);
-        buffers.whole_h = arena_.template take<T>(rows * Hk);
+        buffers.whole_h = arena_.template take<T>(rows * Hk, parts);
       }
-      buffers.c = Cell::states > 1 ? arena_.template take<A>(seq.B * Hp) : nullptr;
+      buffers.c = arena_.template take<A>(Cell::states > 1 ? step_rows * Hp : 0, parts);
       const Panels<T>& panels = buffers.ih.panels;
-      buffers.gates_x = arena_.template take<A>(plan.row_parts * panels.count * gates_rows * panels.width());
+      buffers.gates_x = arena_.template take<A>(panels.count * gates_rows * panels.width(), parts);
     }
-    const int64_t part = split_size(args, plan, step_rows);
-    for (int i = 0; i < plan.threads; ++i) {
-      T* const x = arena_.template take<T>((chunk_rows + kRowPad<T>)*Ik);
-      bf16* const parts = arena_.template take<bf16>(kParts * part);
-      const ThreadBuffers buffers = {x, {parts, part}, arena_.template take<Row>(step_rows)};
-      if (i == thread_index) thread = buffers;
-    }
+    const int64_t part = split_size(args, plan);
+    const Copies threads = share.of_threads();
+    thread.x = arena_.template take<T>((chunk_rows + kRowPad<T>)*Ik, threads);
+    thread.parts = {arena_.template take<bf16>(kParts * part, threads), part};
+    thread.rows = arena_.template take<Row>(step_rows, threads);
   }
   int64_t bytes() const { return arena_.used(); }
 
   int64_t Hp, Hk, Op, Ok, Ik;
+  int64_t step_rows;       // most of a step that one thread has
   int64_t chunk_rows = 0;  // most of a chunk that one thread has
   int64_t gates_rows = 0;  // that its product may write; odd, or a step's would all lie in the same sets of a cache
   GroupBuffers group[kMaxGroups];
@@ -95,12 +97,12 @@ struct ForwardLayout {
 
  private:
   Weights<T> weights(const void* w, const void* b, int gates, int64_t H, int64_t K, int vectors, bool split) {
-    const Panels<T> panels = Panels<T>::make(arena_, H, vectors, gates, K, split, pack_);
+    const Panels<T> panels = Panels<T>::make(arena_, H, vectors, gates, K, split, pack_, copies_);
     return {panels, static_cast<const T*>(w), static_cast<const T*>(b), gates, H, K, pack_};
   }
 
   // Values in a part of the rows of any product: whole tiles of them.
-  int64_t split_size(const ForwardArgs& args, const Plan& plan, int64_t step_rows) const {
+  int64_t split_size(const ForwardArgs& args, const Plan& plan) const {
     const int64_t input = plan.split_input ? round_up(chunk_rows, kTileRows) * round_up(args.I, kTileDepth) : 0;
     const int64_t deeper = args.H > args.out() ? args.H : args.out();
     const int64_t state = plan.split_state ? round_up(step_rows, kTileRows) * round_up(deeper, kTileDepth) : 0;
@@ -109,6 +111,7 @@ struct ForwardLayout {
 
   Arena arena_;
   bool pack_;
+  Copies copies_;
 };
 
 template <class Cell, class T>
@@ -138,7 +141,7 @@ class ForwardScan {
         out_units_(args.P ? share.units_of(buffers_.hr.panels.count, buffers_.hr.panels.width(), layout.Op) : units_),
         out_(args.out()),
         panel_width_(buffers_.ih.panels.width()),
-        gates_x_(buffers_.gates_x + share.row_part * buffers_.ih.panels.count * layout.gates_rows * panel_width_),
+        gates_x_(buffers_.gates_x),
         gates_(group_matrix<A>(args.gates, g, seq_.N, Cell::saved * layout.Hp)),
         cells_(group_matrix<A>(args.cells, g, seq_.N, layout.Hp)),
         h0_(group_matrix<T>(args.h0, g, seq_.B, out_)),
@@ -171,14 +174,14 @@ class ForwardScan {
     for (int64_t j = 0; j < share_.count(seq_.B); ++j) {
       const int64_t b = share_.row(j);
       for (T* h : buffers_.h) {
-        copy_padded(h + b * layout_.Ok, h0_ ? h0_ + b * out_ : nullptr);
-        if (share_.unit_part == 0) clear(h + b * layout_.Ok, layout_.Op, layout_.Ok);
+        copy_padded(h + j * layout_.Ok, h0_ ? h0_ + b * out_ : nullptr);
+        if (share_.unit_part == 0) clear(h + j * layout_.Ok, layout_.Op, layout_.Ok);
       }
       if (args_.P && share_.unit_part == 0) {
-        clear(buffers_.whole_h + b * layout_.Hk, round_up(args_.H, lanes), layout_.Hk);
+        clear(buffers_.whole_h + j * layout_.Hk, round_up(args_.H, lanes), layout_.Hk);
       }
       if constexpr (Cell::states > 1) {
-        const Strided<A> c = strided_row(buffers_.c, seq_.B, b, 1);
+        const Strided<A> c = current_cell_row(j);
         for (int64_t u = units_.begin; u < units_.end; u += lanes) {
           store(c.vector(u), c0_ && u < args_.H ? load_first(c0_ + b * args_.H + u, args_.H - u) : V{});
         }
@@ -269,32 +272,32 @@ class ForwardScan {
   int64_t step(int64_t s, int64_t first) {
     const int64_t t = group_.step_to_time(s, seq_.T);
     const int64_t rows = share_.count(seq_.active(t));
-    for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(share_.row(j), s, t);
-    const T* const h = s || h0_ ? buffers_.h[s & 1] + share_.row(0) * layout_.Ok : nullptr;
-    for_each_tile(buffers_.hh, Sweep(panels_, s), h, share_.row_parts * layout_.Ok, rows,
+    for (int64_t j = 0; j < rows; ++j) rows_[j] = find_row(j, s, t);
+    const T* const h = s || h0_ ? buffers_.h[s & 1] : nullptr;
+    for_each_tile(buffers_.hh, Sweep(panels_, s), h, layout_.Ok, rows,
                   [&](int64_t j, int n, int64_t p) { apply_cell(rows_ + j, n, gates_x(first + j, p), p); });
     return rows;
   }
 
-  typename Layout::Row find_row(int64_t b, int64_t s, int64_t t) const {
-    const int64_t n = seq_.offset(t) + b;
+  typename Layout::Row find_row(int64_t j, int64_t s, int64_t t) const {
+    const int64_t b = share_.row(j), n = seq_.offset(t) + b;
     typename Layout::Row row{};
     if (gates_) {
       row.gates = strided_row(gates_ + seq_.offset(t) * Cell::saved * layout_.Hp, seq_.active(t), b, Cell::saved);
     }
     if (args_.P) {
-      row.h_after = buffers_.whole_h + b * layout_.Hk;
+      row.h_after = buffers_.whole_h + j * layout_.Hk;
       row.y = whole_h_ ? whole_h_ + n * args_.G * args_.H : nullptr;
     } else {
-      row.h_before = buffers_.h[s & 1] + b * layout_.Ok;
-      row.h_after = buffers_.h[(s + 1) & 1] + b * layout_.Ok;
+      row.h_before = buffers_.h[s & 1] + j * layout_.Ok;
+      row.h_after = buffers_.h[(s + 1) & 1] + j * layout_.Ok;
       row.y = y_row(n);
     }
     if constexpr (Cell::states > 1) {
       const int64_t before = group_.time_before(t);
       const bool initial = b >= seq_.active_or_none(before);
-      row.c_before = initial ? strided_row(buffers_.c, seq_.B, b, 1) : cell_row(before, b);
-      row.c_after = cell_row(t, b);
+      row.c_before = initial ? current_cell_row(j) : cell_row(before, j);
+      row.c_after = cell_row(t, j);
       row.c = c_ ? c_ + n * args_.G * args_.H : nullptr;
     }
     return row;
@@ -303,10 +306,11 @@ class ForwardScan {
   T* y_row(int64_t n) const { return y_ + n * args_.G * out_; }
 
   // Where the cell state after a step lies: with the row of that step, or always in place while nothing is saved.
-  Strided<A> cell_row(int64_t t, int64_t b) const {
-    if (!cells_) return strided_row(buffers_.c, seq_.B, b, 1);
-    return strided_row(cells_ + seq_.offset(t) * layout_.Hp, seq_.active(t), b, 1);
+  Strided<A> cell_row(int64_t t, int64_t j) const {
+    if (!cells_) return current_cell_row(j);
+    return strided_row(cells_ + seq_.offset(t) * layout_.Hp, seq_.active(t), share_.row(j), 1);
   }
+  Strided<A> current_cell_row(int64_t j) const { return strided_row(buffers_.c, layout_.step_rows, j, 1); }
 
   void apply_cell(const typename Layout::Row* rows, int n, const A* gates_x, int64_t p) const {
     for (int j = 0; j < unit_vectors_; ++j) {
@@ -351,12 +355,10 @@ class ForwardScan {
     share_.sync();
     const int64_t t = group_.step_to_time(s, seq_.T);
     const Panels<T>& panels = buffers_.hr.panels;
-    for_each_tile(buffers_.hr, Sweep(share_.panels(panels.count), s), buffers_.whole_h + share_.row(0) * layout_.Hk,
-                  share_.row_parts * layout_.Hk, share_.count(seq_.active(t)), [&](int64_t j, int n, int64_t p) {
+    for_each_tile(buffers_.hr, Sweep(share_.panels(panels.count), s), buffers_.whole_h, layout_.Hk, share_.count(seq_.active(t)), [&](int64_t j, int n, int64_t p) {
                     for (int r = 0; r < n; ++r) {
-                      const int64_t b = share_.row(j + r);
-                      T* const h = buffers_.h[(s + 1) & 1] + b * layout_.Ok;
-                      store_output(h, y_row(seq_.offset(t) + b), r, p);
+                      T* const h = buffers_.h[(s + 1) & 1] + (j + r) * layout_.Ok;
+                      store_output(h, y_row(seq_.offset(t) + share_.row(j + r)), r, p);
                     }
                   });
   }
@@ -377,15 +379,14 @@ class ForwardScan {
     const int64_t going_on = share_.count(seq_.active_or_none(group_.time_after(t)));
     for (int64_t j = going_on; j < share_.count(seq_.active(t)); ++j) {
       const int64_t b = share_.row(j);
-      finish_row(b, y_row(seq_.offset(t) + b), cell_row(t, b));
+      finish_row(b, y_row(seq_.offset(t) + b), cell_row(t, j));
     }
   }
 
   // Rows without a step end as they begin.
   void finish_idle_rows() const {
     for (int64_t j = share_.count(seq_.active(0)); j < share_.count(seq_.B); ++j) {
-      const int64_t b = share_.row(j);
-      finish_row(b, buffers_.h[0] + b * layout_.Ok, strided_row(buffers_.c, seq_.B, b, 1));
+      finish_row(share_.row(j), buffers_.h[0] + j * layout_.Ok, current_cell_row(j));
     }
   }
 
@@ -423,19 +424,19 @@ class ForwardScan {
 template <class Cell, class T>
 void forward(const ForwardArgs& args, const Plan& plan, const Team& team, int thread) {
   TileScope tiles;
-  const ForwardLayout<Cell, T> layout(args, plan, args.workspace, thread);
-  const Share share = Share::of(plan, team, args.G, thread);
+  const Share share = Share::of(plan, team, args, thread);
+  const ForwardLayout<Cell, T> layout(args, plan, args.workspace, share);
   for (int64_t g = share.groups.begin; g < share.groups.end; ++g) {
     const auto& buffers = layout.group[g];
-    const Range mine = share.packs(buffers.hh.panels.count);
+    const Range mine = share.packs_of_weights(buffers.hh.panels.count);
     for (int64_t p = mine.begin; p < mine.end; ++p) {
       buffers.ih.pack(p);
       buffers.hh.pack(p);
     }
-    const Range projected = share.packs(args.P ? buffers.hr.panels.count : 0);
+    const Range projected = share.packs_of_weights(args.P ? buffers.hr.panels.count : 0);
     for (int64_t p = projected.begin; p < projected.end; ++p) buffers.hr.pack(p);
   }
-  if (plan.pack) team.everyone->wait(plan.threads);
+  if (plan.pack && !plan.own_panels) team.everyone->wait(plan.threads);
   if (!share.scans) return;
   for (int64_t g = share.groups.begin; g < share.groups.end; ++g) {
     ForwardScan<Cell, T>(args, plan, layout, share, static_cast<int>(g), tiles).run();
@@ -444,7 +445,7 @@ void forward(const ForwardArgs& args, const Plan& plan, const Team& team, int th
 
 template <class Cell, class T>
 int64_t forward_bytes(const ForwardArgs& args, const Plan& plan) {
-  return ForwardLayout<Cell, T>(args, plan, nullptr, 0).bytes();
+  return ForwardLayout<Cell, T>(args, plan, nullptr, Share::of(plan, Team{}, args, 0)).bytes();
 }
 
 }  // namespace FASTRNN_ISA

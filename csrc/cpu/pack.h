@@ -45,13 +45,14 @@ struct Panels {
 
   // Of `vectors` vectors of units, each with all its gates; without room if it is not wanted. Throws std::logic_error
   // for more vectors than there are products of, which only products by parts have many of.
-  static Panels make(Arena& arena, int64_t units, int vectors, int gates, int64_t K, bool split, bool wanted) {
+  static Panels make(Arena& arena, int64_t units, int vectors, int gates, int64_t K, bool split, bool wanted,
+                     Copies copies) {
     Panels p{nullptr, nullptr, ceil_div(units, vectors * kLanes<Acc<T>>), 0, vectors * gates, split};
     if (p.nv > (split ? kMostVectors : kMaxVectors)) throw std::logic_error("a panel has too many vectors");
     p.depth = round_up(K, split ? kTileDepth : kDepthPad<T>);
     if (!wanted) return p;
-    p.data = arena.take<char>(p.count * p.bytes());
-    p.bias = arena.take<Acc<T>>(p.count * p.width());
+    p.data = arena.take<char>(p.count * p.bytes(), copies);
+    p.bias = arena.take<Acc<T>>(p.count * p.width(), copies);
     return p;
   }
 

@@ -11,6 +11,8 @@ namespace {
 // leave the gates in L2; more where the weights of a step, which a core fetches in turn with the input's, do not fit.
 constexpr int64_t kChunkRows = 64, kSplitChunkRows = 32, kFarChunkRows = 128;
 constexpr double kFarBytes = 2e6;  // packed
+// A thread packs so much for itself sooner than it would fetch it from where another one packed it.
+constexpr double kOwnBytes = 2e6;
 // Fewer rows than this over all timesteps do not pay for packing the weights.
 constexpr int64_t kPackRows = 4;
 // The costs were fitted to the times of some hundred sizes, forward and backward, on two cores of an Emerald Rapids.
@@ -204,6 +206,7 @@ Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, i
   const int64_t weights = cell.gates * args.H * (args.out() + args.I) * element_size(dtype);
   plan.chunk = std::max<int64_t>(1, chunk_rows(weights / plan.unit_parts, split_state) * plan.unit_parts / rows);
   plan.pack = args.seq.N >= kPackRows;
+  plan.own_panels = plan.row_parts > 1 && static_cast<double>(weights / plan.unit_parts) <= kOwnBytes;
   plan.split_state = split_state;
   // Products of values have no panels so wide.
   const bool wide = plan.panel_vectors * cell.gates > kMaxVectors;
@@ -221,6 +224,8 @@ Plan plan_backward(const KernelTable& table, const CellInfo& cell, Dtype dtype, 
   plan.proj_vectors = proj_vectors(table, dtype, threads, args);
   plan.chunk = 1;
   plan.pack = args.seq.T > 1 || args.dh0;
+  const int64_t weights = cell.gates * args.H * args.out() * element_size(dtype);
+  plan.own_panels = plan.row_parts > 1 && static_cast<double>(weights / plan.unit_parts) <= kOwnBytes;
   return plan;
 }
 

@@ -76,6 +76,7 @@ struct Plan {
   int proj_vectors;                        // vectors of projected units in one weight panel
   int64_t chunk;                           // timesteps whose input GEMM is done at once
   bool pack;                               // false: too few rows to pay for packing the weights
+  bool own_panels;                         // each row part packs the weights for itself
   bool split_input, split_state;           // products of x, and of h, are of parts of the values (split.h)
 };
 

@@ -7,7 +7,6 @@
 #pragma once
 
 #include "rows.h"
-#include "team.h"
 #include "thin.h"
 
 namespace fastrnn {
@@ -34,7 +33,7 @@ struct ProductsLayout {
     const T **h_rows, **whole_h_rows;  // [N]
   };
 
-  ProductsLayout(Arena& arena, const BackwardArgs& args, const Plan& plan, int gates, bool shared, int thread_index)
+  ProductsLayout(Arena& arena, const BackwardArgs& args, const Plan& plan, int gates, bool shared, const Share& share)
       : depth(round_up(gates * round_up(args.H, kUnitPad), kDepthPad<T>)),
         proj_depth(round_up(round_up(args.P, kUnitPad), kDepthPad<T>)),
         split(kSplits<T> && args.seq.N >= kSplitRows * args.samples.number),
@@ -57,7 +56,7 @@ struct ProductsLayout {
       buffers.dprojection = arena.take<T>(args.P ? rows * proj_depth : 0);
       buffers.h = RowPanels<T>::make(args.out(), split);
       buffers.whole_h = RowPanels<T>::make(args.H, split);
-      buffers.w_ih = Panels<T>::make(arena, args.I, x.nv, 1, depth, split, args.dx && !thin);
+      buffers.w_ih = Panels<T>::make(arena, args.I, x.nv, 1, depth, split, args.dx && !thin, {1, 0});
       buffers.h.data = room(buffers.h, args.wants_dw_hh());
       buffers.h_rows = args.wants_dw_hh() ? arena.take<const T*>(N) : nullptr;
       buffers.whole_h.data = room(buffers.whole_h, args.wants_dw_hr());
@@ -67,13 +66,11 @@ struct ProductsLayout {
     const GroupBuffers& first = group[0];
     const int64_t columns = x.panels * x.width() + first.h.panels * first.h.width() +
                             (args.P ? first.whole_h.panels * first.whole_h.width() : kMaxVectors * kLanes<A>);
-    for (int i = 0; i < plan.threads; ++i) {
-      T* const a = arena.take<T>(kTaskRows * kSpan);
-      A* const s = arena.take<A>(kTaskRows);
-      A* const c = arena.take<A>(kTaskRows * columns);
-      bf16* const parts = arena.take<bf16>(split ? kParts * kTaskRows * kSpan : 0);
-      if (i == thread_index) lhs = a, sums = s, stage = c, lhs_parts = {parts, kTaskRows * kSpan};
-    }
+    const Copies threads = share.of_threads();
+    lhs = arena.take<T>(kTaskRows * kSpan, threads);
+    sums = arena.take<A>(kTaskRows, threads);
+    stage = arena.take<A>(kTaskRows * columns, threads);
+    lhs_parts = {arena.take<bf16>(split ? kParts * kTaskRows * kSpan : 0, threads), kTaskRows * kSpan};
   }
 
   int64_t depth, proj_depth;
@@ -83,10 +80,10 @@ struct ProductsLayout {
   RowOrder order;
   Input input[kMaxGroups];
   GroupBuffers group[kMaxGroups];
-  T* lhs = nullptr;         // [kTaskRows, kSpan] of this thread: dgates transposed
-  Split<bf16> lhs_parts{};  // the same split
-  A* sums = nullptr;        // [kTaskRows]
-  A* stage = nullptr;       // [panels][kTaskRows][width]: the C of a task
+  T* lhs;                   // [kTaskRows, kSpan] of this thread: dgates transposed
+  Split<bf16> lhs_parts;    // the same split
+  A* sums;                  // [kTaskRows]
+  A* stage;                 // [panels][kTaskRows][width]: the C of a task
 };
 
 template <class T>
@@ -421,7 +418,7 @@ class Products {
       const Span& span = order_.span(i);
       const bool first = i == spans.begin, last = i + 1 == spans.end;
       pack_transposed(layout_.lhs, layout_.sums, left.data + m0, left.ld, order_, span, rows);
-      const LeftRows<T> lhs = left_rows(layout_.lhs, span.depth, rows, span.depth);
+      const LeftRows<T> lhs = left_rows(layout_.lhs, transposed_ld<T>(span), rows, span.depth);
       if (a.dw) add_span(lhs, a, span, first, rows, a_stage, last ? direct_rows(left, sample, m0, a) : nullptr);
       if (b.dw) add_span(lhs, b, span, first, rows, b_stage, last ? direct_rows(left, sample, m0, b) : nullptr);
     }

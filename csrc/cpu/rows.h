@@ -3,6 +3,7 @@
 #pragma once
 
 #include "pack.h"
+#include "team.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
@@ -154,20 +155,23 @@ void pack_span(const RowPanels<T>& out, const T* const* rows, const RowOrder& or
   }
 }
 
+// Elements from one row of a transposed span to the next: whole blocks of a transposition.
+template <class T>
+int64_t transposed_ld(const Span& span) {
+  return round_up(span.depth, kBlockDepth<T>);
+}
+
 // Columns [0, columns) of one span of a matrix, transposed to rows [column][n], and their sums added to `sums`. Its
 // rows lie pages apart: what is wanted of each is read at once, and the next ones are fetched meanwhile.
 template <class T>
 void pack_transposed(T* out, Acc<T>* sums, const T* in, int64_t in_ld, const RowOrder& order, const Span& span,
                      int64_t columns) {
   using L = Lane<T>;
-  constexpr int lanes = kLanes<L>, step = lanes * kPair<T>;
-  const int64_t ld = span.depth;
+  constexpr int lanes = kLanes<L>, step = kBlockDepth<T>;
+  const int64_t ld = transposed_ld<T>(span);
   const auto row = [&](int64_t n) { return in + order.row(span.first + n) * in_ld; };
   alignas(64) Acc<T> span_sums[kTaskRows] = {};
   for (int64_t n = 0; n < ld; n += step) {
-    const int64_t left = (ld - n) * static_cast<int64_t>(sizeof(T));
-    const bool whole = left >= kVectorBytes;
-    const size_t bytes = static_cast<size_t>(whole ? kVectorBytes : left);
     for (int64_t i = n + step; i < n + 2 * step && i < span.rows; ++i) {
       for (int64_t m = 0; m < columns; m += kLineBytes / static_cast<int64_t>(sizeof(T))) {
         __builtin_prefetch(row(i) + m);
@@ -189,14 +193,7 @@ void pack_transposed(T* out, Acc<T>* sums, const T* in, int64_t in_ld, const Row
       }
       store(span_sums + m, load(span_sums + m) + sum);
       transpose<L, lanes / 2>(block);
-      for (int i = 0; i < lanes; ++i) {
-        T* const to = out + (m + i) * ld + n;
-        if (whole) {
-          std::memcpy(to, &block[i], kVectorBytes);
-        } else {
-          std::memcpy(to, &block[i], bytes);
-        }
-      }
+      for (int i = 0; i < lanes; ++i) std::memcpy(out + (m + i) * ld + n, &block[i], kVectorBytes);
     }
   }
   for (int64_t m = 0; m < columns; m += lanes) store(sums + m, load(sums + m) + load(span_sums + m));

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "arena.h"
 #include "problem.h"
 
 namespace fastrnn {
@@ -66,31 +67,38 @@ struct Sweep {
 };
 
 // One thread's part of a plan. Groups are dealt out to parts of the threads, and then a group's rows and units to the
-// members of a part, of which some may be too many to scan. Rows are dealt out in turn (row_part, row_part + row_parts,
-// ...), which stays balanced when rows sorted by length fall silent.
+// members of a part, of which some may be too many to scan. Rows of a dense batch are cut into runs, so that no two
+// threads write to the same lines; those of a packed one are dealt out in turn (row_part, row_part + row_parts, ...),
+// which stays balanced when rows sorted by length fall silent.
 struct Share {
   int thread, threads;
   int G, part, parts, member, members;
   Range groups;  // of my part
-  bool scans;
+  bool scans, own_panels;
   int row_part, row_parts, unit_part, unit_parts;
+  bool in_turn;
+  int64_t first_row, row_step;
   Barrier* units;
 
-  static Share of(const Plan& plan, const Team& team, int G, int thread) {
+  static Share of(const Plan& plan, const Team& team, const LayerArgs& args, int thread) {
     Share s{};
     s.thread = thread;
     s.threads = plan.threads;
-    s.G = G;
+    s.G = args.G;
     s.parts = plan.group_parts;
     s.members = plan.threads / plan.group_parts;
     s.part = thread / s.members;
     s.member = thread % s.members;
     s.groups = s.groups_of(s.part);
     s.scans = s.member < plan.row_parts * plan.unit_parts;
+    s.own_panels = plan.own_panels;
     s.row_parts = plan.row_parts;
     s.unit_parts = plan.unit_parts;
     s.row_part = s.member / plan.unit_parts;
     s.unit_part = s.member % plan.unit_parts;
+    s.in_turn = args.seq.batch_sizes;
+    s.first_row = s.in_turn ? s.row_part : split(args.seq.B, plan.row_parts, s.row_part).begin;
+    s.row_step = s.in_turn ? plan.row_parts : 1;
     s.units = team.units + s.part * plan.row_parts + s.row_part;
     return s;
   }
@@ -99,9 +107,20 @@ struct Share {
   // What I do of the preparation of something that belongs to one of my groups, or to everyone.
   Range packs(int64_t count) const { return split(count, members, member); }
   Range packs_of_all(int64_t count) const { return split(count, threads, thread); }
-  // How many of the first n rows are mine; the j-th of them is row(j).
-  int64_t count(int64_t n) const { return n <= row_part ? 0 : ceil_div(n - row_part, row_parts); }
-  int64_t row(int64_t j) const { return row_part + j * row_parts; }
+  // What I pack of `count` panels of weights: a part of those that all multiply by, or those that I multiply by.
+  Range packs_of_weights(int64_t count) const {
+    if (!own_panels) return packs(count);
+    return scans ? panels(count) : Range{0, 0};
+  }
+  Copies of_threads() const { return {threads, thread}; }
+  Copies of_row_parts() const { return {row_parts, row_part}; }
+  Copies of_weights() const { return own_panels ? of_row_parts() : Copies{1, 0}; }
+  // How many of the first n rows are mine, n being B or 0 of a dense batch; the j-th of them is row(j).
+  int64_t count(int64_t n) const {
+    if (!in_turn) return split(n, row_parts, row_part).size();
+    return n <= row_part ? 0 : ceil_div(n - row_part, row_parts);
+  }
+  int64_t row(int64_t j) const { return first_row + j * row_step; }
   // My part of `count` panels, and the units in it: the last part has all the padding.
   Range panels(int64_t count) const { return split(count, unit_parts, unit_part); }
   Range units_of(int64_t count, int64_t panel_width, int64_t padded) const {
