@@ -174,6 +174,14 @@ def test_gradients_of_each_sample_apart(
     check(name, Call.of(cell, case, dtype), samples=3)
 
 
+@pytest.mark.parametrize("threads", [1, 3, 5, 8])
+@pytest.mark.parametrize("samples", [2, 3, 6])
+@pytest.mark.parametrize("cell", CELLS)
+def test_samples_on_any_number_of_threads(cell: str, samples: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    check("cpu", Call.of(cell, Case(9, 6, 5, 37, reverse=BOTH), torch.float32), samples)
+
+
 STACKED = [
     Case(4, 6, 5, 20, reverse=(False, True, True)),
     Case(3, 6, 5, 7, reverse=BOTH, grouped=True, bias=False),

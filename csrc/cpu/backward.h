@@ -16,7 +16,7 @@ struct BackwardLayout {
   // last row, into what another thread may be writing.
   static constexpr bool kCopies = kRowPad<T> > 1;
   struct GroupBuffers {
-    Panels<T> hh, hr;          // W_hh and W_hr by columns
+    Panels<T> hh, hr;  // W_hh and W_hr by columns
     // Of the rows of one part:
     T* dgates[2];              // [step_rows, depth] of the step after, in turn, where kCopies
     T* dh;                     // [step_rows, products.proj_depth] of the projected states: likewise
@@ -42,8 +42,7 @@ struct BackwardLayout {
     for (int g = 0; g < args.G; ++g) {
       GroupBuffers& buffers = group[g];
       const int vectors = args.P ? plan.proj_vectors : plan.panel_vectors;
-      buffers.hh = Panels<T>::make(arena_, args.out(), vectors, 1, depth, false, plan.pack,
-                                   share.of_weights());
+      buffers.hh = Panels<T>::make(arena_, args.out(), vectors, 1, depth, false, plan.pack, share.of_weights());
       buffers.hr = Panels<T>::make(arena_, args.H, plan.panel_vectors, 1, products.proj_depth, false, args.P > 0,
                                    share.of_weights());
       const int64_t padded = step_rows + kRowPad<T>;

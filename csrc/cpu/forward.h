@@ -355,7 +355,8 @@ class ForwardScan {
     share_.sync();
     const int64_t t = group_.step_to_time(s, seq_.T);
     const Panels<T>& panels = buffers_.hr.panels;
-    for_each_tile(buffers_.hr, Sweep(share_.panels(panels.count), s), buffers_.whole_h, layout_.Hk, share_.count(seq_.active(t)), [&](int64_t j, int n, int64_t p) {
+    for_each_tile(buffers_.hr, Sweep(share_.panels(panels.count), s), buffers_.whole_h, layout_.Hk,
+                  share_.count(seq_.active(t)), [&](int64_t j, int n, int64_t p) {
                     for (int r = 0; r < n; ++r) {
                       T* const h = buffers_.h[(s + 1) & 1] + (j + r) * layout_.Ok;
                       store_output(h, y_row(seq_.offset(t) + share_.row(j + r)), r, p);

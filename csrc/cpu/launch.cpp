@@ -57,8 +57,9 @@ bool launch_openmp(const Plan& plan, TeamBody body, const void* context, const T
 
 bool launch(const Plan& plan, TeamBody body, const void* context) {
   static_cast<void>(at_fork);
-  const std::unique_ptr<Barrier[]> barriers(new Barrier[1 + plan.group_parts * plan.row_parts]);
-  const std::unique_ptr<std::atomic<int64_t>[]> tasks(new std::atomic<int64_t>[plan.group_parts]());
+  const int sets = plan.group_parts * plan.row_parts;
+  const std::unique_ptr<Barrier[]> barriers(new Barrier[1 + sets]);
+  const std::unique_ptr<std::atomic<int64_t>[]> tasks(new std::atomic<int64_t>[sets]());
   const Team team{barriers.get(), barriers.get() + 1, tasks.get()};
   if (plan.threads == 1) {
     body(context, plan, team, 0);

@@ -80,10 +80,10 @@ struct ProductsLayout {
   RowOrder order;
   Input input[kMaxGroups];
   GroupBuffers group[kMaxGroups];
-  T* lhs;                   // [kTaskRows, kSpan] of this thread: dgates transposed
-  Split<bf16> lhs_parts;    // the same split
-  A* sums;                  // [kTaskRows]
-  A* stage;                 // [panels][kTaskRows][width]: the C of a task
+  T* lhs;                 // [kTaskRows, kSpan] of this thread: dgates transposed
+  Split<bf16> lhs_parts;  // the same split
+  A* sums;                // [kTaskRows]
+  A* stage;               // [panels][kTaskRows][width]: the C of a task
 };
 
 template <class T>
@@ -146,7 +146,10 @@ class Products {
 
   void run() {
     if (layout_.thin) return run_thin();
-    for (int i = 0; i < share_.parts; ++i) run_tasks((share_.part + i) % share_.parts);
+    const int parts = sample_parts(), queues = share_.parts * parts;
+    const int row_part = share_.scans ? share_.row_part : 0;
+    const int mine = share_.part * parts + row_part * parts / share_.row_parts;
+    for (int i = 0; i < queues; ++i) run_tasks((mine + i) % queues);
   }
 
  private:
@@ -184,6 +187,10 @@ class Products {
   Range input_blocks(int part, int64_t blocks) const {
     return own_inputs() ? Range{0, blocks} : split(blocks, share_.parts, part);
   }
+  static Range split_of(Range range, int parts, int part) {
+    const Range within = split(range.size(), parts, part);
+    return {range.begin + within.begin, range.begin + within.end};
+  }
 
   Left left_of(int g, bool recurrent) const {
     const typename Layout::GroupBuffers& buffers = layout_.group[g];
@@ -205,6 +212,12 @@ class Products {
     return {args_.gradients[g].dw_hr, nullptr, &buffers.whole_h, buffers.whole_h_rows};
   }
 
+  // Samples are dealt out as rows are: the thread that has found a sample's dgates takes its tasks, too.
+  int sample_parts() const {
+    const int64_t samples = args_.samples.number;
+    return samples < share_.row_parts ? static_cast<int>(samples) : share_.row_parts;
+  }
+
   // Of products that each have so many: tasks are as large as they may be, and can be dealt out evenly.
   int64_t task_rows(int64_t rows, int64_t products) const {
     const int64_t tasks = round_up(products * ceil_div(rows, kTaskRows), share_.threads);
@@ -212,24 +225,26 @@ class Products {
   }
 
   // The long tasks first, so that the short ones even out the end.
-  void run_tasks(int part) {
-    const Range groups = share_.groups_of(part);
-    const int64_t M = gates_ * Hp_, kinds = shared_ ? 1 : 2, products = groups.size() * args_.samples.number;
+  void run_tasks(int queue) {
+    const int parts = sample_parts(), part = queue / parts;
+    const Range groups = share_.groups_of(part), samples = split(args_.samples.number, parts, queue % parts);
+    const int64_t M = gates_ * Hp_, kinds = shared_ ? 1 : 2, products = groups.size() * samples.size();
     const int64_t rows = task_rows(M, products * kinds), blocks = ceil_div(M, rows);
     const int64_t proj_blocks = ceil_div(args_.P, kTaskUnit);
     const int64_t gate_tasks = products * kinds * blocks, weight_tasks = gate_tasks + products * proj_blocks;
     const Range inputs = inputs_of(part);
     const int64_t dx_rows = task_rows(seq_.N, args_.inputs());
-    const Range row_blocks = input_blocks(part, ceil_div(seq_.N, dx_rows));
+    const Range row_blocks = split_of(input_blocks(part, ceil_div(seq_.N, dx_rows)), parts, queue % parts);
     const int64_t tasks = weight_tasks + (args_.dx ? inputs.size() * row_blocks.size() : 0);
-    for (int64_t i = team_.next_task(part); i < tasks; i = team_.next_task(part)) {
+    for (int64_t i = team_.next_task(queue); i < tasks; i = team_.next_task(queue)) {
       if (i < gate_tasks) {
         Digits task{i};
-        const int64_t m0 = task.take(blocks) * rows, kind = task.take(kinds), sample = task.take(args_.samples.number);
+        const int64_t m0 = task.take(blocks) * rows, kind = task.take(kinds);
+        const int64_t sample = samples.begin + task.take(samples.size());
         gate_gradients(static_cast<int>(groups.begin + task.rest), sample, kind == 1, m0, rows);
       } else if (i < weight_tasks) {
         Digits task{i - gate_tasks};
-        const int64_t m0 = task.take(proj_blocks) * kTaskUnit, sample = task.take(args_.samples.number);
+        const int64_t m0 = task.take(proj_blocks) * kTaskUnit, sample = samples.begin + task.take(samples.size());
         const int g = static_cast<int>(groups.begin + task.rest);
         weight_gradients(projection_of(g), sample, m0, kTaskUnit, hr(g), Target{});
       } else {

@@ -39,14 +39,14 @@ class alignas(64) Barrier {
   std::atomic<uint64_t> arrivals_{0};
 };
 
-// What the threads of one call share: a barrier for everyone, one for each set of threads that shares rows and splits
-// units, and of each part of the threads a counter of tasks taken.
+// What the threads of one call share: a barrier for everyone; of each set of threads that shares rows and splits units
+// a barrier, and a counter of tasks taken.
 struct Team {
   Barrier* everyone;
   Barrier* units;
   std::atomic<int64_t>* tasks;
 
-  int64_t next_task(int part) const { return tasks[part].fetch_add(1, std::memory_order_relaxed); }
+  int64_t next_task(int queue) const { return tasks[queue].fetch_add(1, std::memory_order_relaxed); }
 };
 
 struct Range {

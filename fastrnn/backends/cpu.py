@@ -28,6 +28,7 @@ else:
     _MISSING = None
     _CELLS = _C.cells()
 
+_DEVICE = torch.device("cpu")  # comparing devices takes torch less than telling their types
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -73,7 +74,7 @@ class _Cpu:
     def supports(self, problem: Problem) -> str | None:
         if _MISSING is not None:
             return _MISSING
-        if problem.device.type != "cpu":
+        if problem.device != _DEVICE:
             return f"the kernels run on CPU tensors, not on {problem.device.type}"
         if problem.dtype not in _DTYPES:
             return f"no kernel for {problem.dtype}; there is one for float32, float64 and bfloat16"

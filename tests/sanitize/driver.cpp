@@ -270,6 +270,7 @@ struct Kernel {
 // How the work is shared out: as planned, or, since other machines' plans differ, rows by units in narrow panels.
 struct Division {
   int threads, rows, units;  // rows 0: as planned
+  bool own_panels;
 
   template <class Args>
   Plan plan(const Kernel& kernel, const Args& args) const {
@@ -280,12 +281,14 @@ struct Division {
     plan.panel_vectors = plan.proj_vectors = 1;
     plan.row_parts = static_cast<int>(std::min<int64_t>(rows, args.seq.B));
     plan.unit_parts = static_cast<int>(std::min<int64_t>(units, ceil_div(args.H, lanes)));
+    plan.own_panels = own_panels;
     plan.chunk = 2;
     return plan;
   }
 };
 
-constexpr Division kDivisions[] = {{3, 0, 0}, {4, 2, 2}, {3, 1, 3}, {1, 0, 0}, {2, 0, 0}, {4, 0, 0}, {3, 3, 1}};
+constexpr Division kDivisions[] = {{3, 0, 0, false}, {4, 2, 2, true},  {3, 1, 3, false}, {1, 0, 0, false},
+                                   {2, 0, 0, false}, {4, 0, 0, false}, {3, 3, 1, true},  {4, 2, 2, false}};
 constexpr int kFewDivisions = 3;
 
 std::string current;  // what runs now, for the report
