@@ -33,8 +33,9 @@ class Arena {
   // Pages apart: a core that fetches ahead must not take away lines that another one is writing.
   template <class T>
   T* take(int64_t count, Copies copies) {
+    if (count == 0) return nullptr;
     T* mine = nullptr;
-    for (int i = 0; i < copies.number && count; ++i) {
+    for (int i = 0; i < copies.number; ++i) {
       T* const copy = take<T>(count);
       if (copies.number > 1) used_ += kPage;
       if (i == copies.mine) mine = copy;

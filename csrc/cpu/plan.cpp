@@ -170,6 +170,11 @@ bool pays_to_split(int64_t rows, int64_t depth, int64_t vectors) {
   return cost(kByParts) < cost(kByValues);
 }
 
+// Whether row parts pack weights of so many bytes each for itself.
+bool pays_to_own(const Plan& plan, int64_t weights) {
+  return plan.row_parts > 1 && static_cast<double>(weights / plan.unit_parts) <= kOwnBytes;
+}
+
 // `weights` are the bytes of a thread's.
 int64_t chunk_rows(int64_t weights, bool split) {
   if (static_cast<double>(weights) * (split ? kByParts : kByValues).bytes > kFarBytes) return kFarChunkRows;
@@ -206,7 +211,7 @@ Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, i
   const int64_t weights = cell.gates * args.H * (args.out() + args.I) * element_size(dtype);
   plan.chunk = std::max<int64_t>(1, chunk_rows(weights / plan.unit_parts, split_state) * plan.unit_parts / rows);
   plan.pack = args.seq.N >= kPackRows;
-  plan.own_panels = plan.row_parts > 1 && static_cast<double>(weights / plan.unit_parts) <= kOwnBytes;
+  plan.own_panels = pays_to_own(plan, weights);
   plan.split_state = split_state;
   // Products of values have no panels so wide.
   const bool wide = plan.panel_vectors * cell.gates > kMaxVectors;
@@ -225,7 +230,7 @@ Plan plan_backward(const KernelTable& table, const CellInfo& cell, Dtype dtype, 
   plan.chunk = 1;
   plan.pack = args.seq.T > 1 || args.dh0;
   const int64_t weights = cell.gates * args.H * args.out() * element_size(dtype);
-  plan.own_panels = plan.row_parts > 1 && static_cast<double>(weights / plan.unit_parts) <= kOwnBytes;
+  plan.own_panels = pays_to_own(plan, weights);
   return plan;
 }
 

@@ -96,7 +96,7 @@ struct Share {
     s.unit_parts = plan.unit_parts;
     s.row_part = s.member / plan.unit_parts;
     s.unit_part = s.member % plan.unit_parts;
-    s.in_turn = args.seq.batch_sizes;
+    s.in_turn = args.seq.batch_sizes != nullptr;
     s.first_row = s.in_turn ? s.row_part : split(args.seq.B, plan.row_parts, s.row_part).begin;
     s.row_step = s.in_turn ? plan.row_parts : 1;
     s.units = team.units + s.part * plan.row_parts + s.row_part;
