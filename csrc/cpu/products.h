@@ -3,7 +3,7 @@
 // and, with a projection, dW_hr = dprojection^T (what is projected). Those of weights may be wanted of each sample
 // apart. Threads take tasks from a counter, so that one that lost its core delays the others by no more than a task;
 // what a task computes does not depend on who takes it. Each part of the threads has a counter, for the tasks whose
-// dgates it has in its caches, and helps out the others when that has run down.
+// dgates it has in its caches, and helps out the others when that has run down; of samples each row part has one.
 #pragma once
 
 #include "rows.h"
@@ -229,7 +229,7 @@ class Products {
     const int parts = sample_parts(), part = queue / parts;
     const Range groups = share_.groups_of(part), samples = split(args_.samples.number, parts, queue % parts);
     const int64_t M = gates_ * Hp_, kinds = shared_ ? 1 : 2, products = groups.size() * samples.size();
-    const int64_t rows = task_rows(M, products * kinds), blocks = ceil_div(M, rows);
+    const int64_t rows = task_rows(M, groups.size() * args_.samples.number * kinds), blocks = ceil_div(M, rows);
     const int64_t proj_blocks = ceil_div(args_.P, kTaskUnit);
     const int64_t gate_tasks = products * kinds * blocks, weight_tasks = gate_tasks + products * proj_blocks;
     const Range inputs = inputs_of(part);
