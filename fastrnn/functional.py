@@ -13,14 +13,17 @@ from torch.nn.functional import dropout as _dropout
 
 from . import levels
 from .autograd import Route, scan, wants_gradients
-from .backends import Inputs, Weights, asked, check_batch_sizes, check_lengths, transforms_refusal
+from .backends import Inputs, Problem, Weights, asked, check_batch_sizes, check_lengths
 from .cells import CELLS, Cell, States
 from .ops import describe
-from .plain import signature, wrapped
+from .plain import signature
 
-# The routes of calls that have passed the checks. What has the same dtypes, devices and shapes
+# A route, and the only vmap's members as one call where they are one.
+Way = tuple[Route, levels.Fold | None]
+
+# The ways of calls that have passed the checks. What has the same dtypes, devices and shapes
 # passes too, and goes the same way: finding that out takes longer than a small layer.
-_checked: dict[tuple[object, ...], Route] = {}
+_checked: dict[tuple[object, ...], Way] = {}
 _MOST_CHECKED = 4096
 
 Check = Callable[[Tensor, States | None, Weights, Tensor | None], None]
@@ -174,8 +177,15 @@ def layer(
     each = (*_pair(states), *_pair(None if reset is None else reset_states))
     inputs = Inputs(x, batch_sizes, lengths, reset, each, weights)
     given = states, reset_states
-    route = _route(cell, inputs, batch, given, tuple(reverse), all_states, recompute, check)
-    if route.is_transformed():
+    options = tuple(reverse), all_states, recompute
+    peeled = None
+    # Of reset_states without a reset its signature would not tell.
+    if torch._C._are_functorch_transforms_active() and (reset_states is None or reset is not None):
+        peeled = levels.peel(inputs)
+    route, fold = _route(cell, inputs, peeled, batch, given, options, check)
+    if peeled is not None and fold is not None:
+        y, h_n, c_n, c = levels.scan_folded(fold, peeled, inputs)
+    elif route.is_transformed():
         y, h_n, c_n, c = levels.scan(route.backend, route.problem, inputs)
     else:
         y, h_n, c_n, c = scan(route, inputs)
@@ -185,53 +195,72 @@ def layer(
 def _route(
     cell: str,
     inputs: Inputs,
+    peeled: levels.Peeled | None,
     batch: int | None,
     given: tuple[States | None, States | None],
-    reverse: tuple[bool, ...],
-    all_states: bool,
-    recompute: int,
+    options: tuple[tuple[bool, ...], bool, int],
     check: Check | None,
-) -> Route:
+) -> Way:
     """The way that these inputs go, once they have passed the checks. `batch` is the batch size
-    where what depends on values had to be checked before; the states are as they were given."""
+    where what depends on values had to be checked before; the states are as they were given; the
+    options are the directions, all_states and recompute."""
     x, batch_sizes, lengths, reset, _, weights = inputs
     kind, (states, reset_states) = CELLS[cell], given
-    tensors = (x, batch_sizes, lengths, reset, *(states or ()), *(reset_states or ()), *weights)
-    read: object = signature(tensors)
-    plain = read is not None
-    if not plain and transforms_refusal() is None:
-        read = wrapped(tensors)
+    if peeled is None:
+        tensors = (x, batch_sizes, lengths, reset, *(states or ()), *(reset_states or ()), *weights)
+        read: object = signature(tensors)
+    else:
+        read = peeled.signature
+    plain = peeled is None and read is not None
     grad = wants_gradients(inputs)
     key = (
-        kind, reverse, all_states, recompute, check is None, grad, asked(), batch, len(weights),
+        kind, options, check is None, grad, asked(), batch, len(weights),
         None if states is None else len(states),
         None if reset_states is None else len(reset_states),
         read,
     )  # fmt: skip
-    route = None if read is None else _checked.get(key)
-    if route is not None:
-        return route if route.settled else Route.find(route.problem, recompute, plain)
+    known = None if read is None else _checked.get(key)
+    if known is None:
+        problem = _checked_problem(kind, inputs, batch, given, options, check, grad)
+    elif known[0].settled:
+        return known
+    else:
+        problem = known[0].problem
+    route = Route.find(problem, options[2], plain)
+    way = route, None if peeled is None else levels.fold(route, inputs, peeled)
+    if read is not None:
+        _remember(key, way)
+    return way
+
+
+def _checked_problem(
+    cell: Cell,
+    inputs: Inputs,
+    batch: int | None,
+    given: tuple[States | None, States | None],
+    options: tuple[tuple[bool, ...], bool, int],
+    check: Check | None,
+    grad: bool,
+) -> Problem:
+    """The problem that these inputs pose; it raises if they do not fit. See :func:`_route`."""
     if inputs.unbatched() and torch._C._are_functorch_transforms_active():
         inputs = inputs.with_batch()
-        x = inputs.x
+    x, batch_sizes, _, _, _, weights = inputs
+    (states, reset_states), (reverse, all_states, _) = given, options
     if check is not None:
         check(x, states, weights, batch_sizes)
     if batch is None:
         batch = _check_input(x, batch_sizes)
-    sizes = _check_weights(kind, x, weights, len(reverse))
-    _check_states(kind, x, states, (len(reverse), batch), sizes, "hidden")
-    _check_states(kind, x, reset_states, (len(reverse), batch), sizes, "reset")
-    problem = describe(cell, inputs, reverse, batch, all_states, grad)
-    route = Route.find(problem, recompute, plain)
-    if read is not None:
-        _remember(key, route)
-    return route
+    sizes = _check_weights(cell, x, weights, len(reverse))
+    _check_states(cell, x, states, (len(reverse), batch), sizes, "hidden")
+    _check_states(cell, x, reset_states, (len(reverse), batch), sizes, "reset")
+    return describe(cell.name, inputs, reverse, batch, all_states, grad)
 
 
-def _remember(key: tuple[object, ...], route: Route) -> None:
+def _remember(key: tuple[object, ...], way: Way) -> None:
     if len(_checked) >= _MOST_CHECKED:
         _checked.clear()
-    _checked[key] = route
+    _checked[key] = way
 
 
 def _pair(states: States | None) -> tuple[Tensor | None, Tensor | None]:

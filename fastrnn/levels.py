@@ -2,12 +2,13 @@
 
 What the Functions of :mod:`fastrnn.transforms` do for every nesting is done here by hand, without
 the machinery that torch puts around each Function, for the common ones: an innermost vmap, and one
-transform that differentiates, with vmaps around it."""
+transform that differentiates, with vmaps around it. The most common, one vmap with or without a
+transform inside it that differentiates, are found out about once: see :class:`Fold`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ from torch.autograd.function import _SingleLevelFunction
 from . import autograd, ops
 from .autograd import Route, wants_gradients
 from .backends import Backend, Grads, Inputs, Outputs, Problem
-from .members import Call, Dims, Members, as_inputs
+from .members import Call, Dims, Members, as_inputs, as_tensors
+from .plain import is_followed, signature_below
 from .transforms import Backward, Forward, plain_gradients
 
 
@@ -63,6 +65,98 @@ def scan(
     return ops.structured(problem, outputs)[:4]
 
 
+class Peeled(NamedTuple):
+    """A layer's tensors, in the order of :class:`Inputs`, without what transforms wrapped them in.
+
+    Attributes:
+        tensors: as they are below all transforms.
+        levels: from the innermost, each one's number and the axes that it hides; None for those of
+            one that differentiates.
+        signature: equal where all tensors have the same dtypes, devices and shapes at every level,
+            and where the same are tracked by autograd, x among them or not.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    levels: list[tuple[int, Dims | None]]
+    signature: tuple[object, ...]
+
+
+def peel(inputs: Inputs) -> Peeled | None:
+    """None where anybody follows what is computed, with other transforms, and where a vmap hides
+    nothing of any tensor, so that they do not tell its size."""
+    if is_followed():
+        return None
+    tensors: Sequence[Tensor | None] = as_tensors(inputs)
+    levels: list[tuple[int, Dims | None]] = []
+    for level in reversed(get_interpreter_stack() or ()):
+        kind, number, dims = level.key(), level.level(), None
+        if kind == TransformType.Vmap:
+            tensors, dims = _unwrap_members(tensors, number)
+            if not any(d is not None for d in dims):
+                return None
+        elif kind == TransformType.Grad:
+            tensors = _unwrap_tracked(tensors, number)
+        else:
+            return None
+        levels.append((number, dims))
+    tensors = tuple(tensors)
+    read = signature_below(tensors)
+    if read is None:
+        return None
+    tracked = any(t is not None and t.requires_grad for t in tensors)
+    return Peeled(tensors, levels, (read, tracked, inputs.x.requires_grad, *[d for _, d in levels]))
+
+
+class Fold(NamedTuple):
+    """How the members of the only vmap are one call of a kernel."""
+
+    call: Call  # of one member
+    members: Members
+    whole: Route  # of all of them
+
+
+def fold(route: Route, inputs: Inputs, peeled: Peeled) -> Fold | None:
+    """None where there is more to peel off than a vmap, and a transform inside it that
+    differentiates, or where one call cannot serve the members."""
+    problem, backend = route.problem, route.backend
+    *inner, (_, dims) = peeled.levels
+    if backend.differentiable or dims is None or len(inner) > 1:
+        return None
+    tracked = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in peeled.tensors
+    )
+    if inner and (inner[0][1] is not None or not problem.grad or tracked):
+        return None
+    vmap = (get_interpreter_stack() or [])[0]
+    members = _members_on(backend, vmap, problem, dims, inputs.unbatched(), alone=True)
+    if members is None:
+        return None
+    if inner and members.groups and inputs.x.requires_grad and not members.own_x:
+        return None
+    whole = members.problem if inner else members.problem._replace(grad=tracked)
+    return Fold(Call(backend, problem), members, Route(whole, backend, True, route.settled))
+
+
+def scan_folded(
+    fold: Fold, peeled: Peeled, inputs: Inputs
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """:func:`scan`, of what is known to fold."""
+    *inner, (number, dims) = peeled.levels
+    assert dims is not None
+    call, members, whole = fold
+    if not inner:
+        return _run_members(
+            members, number, peeled.tensors, dims, lambda ours: autograd.scan(whole, ours)
+        )
+
+    with _Below():
+        run = _members_and_pull(
+            members, number, peeled.tensors, dims, lambda ours: _kernel_and_pull(whole, ours)
+        )
+    assert run is not None
+    return _differentiated(call, inner[0][0], run, inputs)
+
+
 def _scan_members(
     backend: Backend, problem: Problem, inputs: Inputs, level: CInterpreter
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
@@ -71,28 +165,47 @@ def _scan_members(
     :class:`Forward`'s rule does the same. But torch takes longer to get to that rule than a small
     layer takes to run, and where only vmaps are active nothing needs to be a Function."""
     number = level.level()
-    given, dims = _unwrap_members((*inputs[:4], *inputs.states, *inputs.weights), number)
+    given, dims = _unwrap_members(as_tensors(inputs), number)
     if all(d is None for d in dims):
         with _Below():
             return scan(backend, problem, as_inputs(given))
     members = _members_on(backend, level, problem, dims, inputs.unbatched())
     if members is None:
         return None
+    return _run_members(
+        members, number, given, dims, lambda ours: scan(backend, members.problem, ours)
+    )
+
+
+def _run_members(
+    members: Members,
+    number: int,
+    given: Sequence[Tensor | None],
+    dims: Dims,
+    run: Callable[[Inputs], Sequence[Tensor | None]],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Of the innermost vmap, whose number it is; `run` runs all of its members below it."""
     with _Below():
-        ours = as_inputs(members.inputs(given, dims))
-        parts = members.parts(scan(backend, members.problem, ours))
+        parts = members.parts(run(as_inputs(members.inputs(given, dims))))
     return _wrap_members(parts, members.axes, number)  # type: ignore[no-any-return]
 
 
 def _members_on(
-    backend: Backend, level: CInterpreter, problem: Problem, dims: Dims, unbatched: bool
+    backend: Backend,
+    level: CInterpreter,
+    problem: Problem,
+    dims: Dims,
+    unbatched: bool,
+    alone: bool | None = None,
 ) -> Members | None:
-    """The members of a vmap as a call that the backend serves, if there is one."""
+    """The members of a vmap as a call that the backend serves, if there is one. Stacked weights no
+    transform of torch's shall see: the vmap must be `alone`."""
     members = Members.of(CVmapInterpreterPtr(level).batchSize(), problem, dims, unbatched)
     if members is None:
         return None
-    # No transform of torch's shall see stacked weights.
-    if members.groups and len(get_interpreter_stack() or ()) == 1:
+    if alone is None:
+        alone = len(get_interpreter_stack() or ()) == 1
+    if members.groups and alone:
         stacked = members.with_stacks
         if not backend.supports(stacked.problem):
             return stacked
@@ -138,10 +251,12 @@ def _wrap_members(tensors: Sequence[Tensor | None], axes: Dims, number: int) -> 
     """Undo :func:`_unwrap_members`."""
     wrap = torch._C._functorch._add_batch_dim
     pairs = zip(tensors, axes, strict=True)
-    return tuple(None if t is None or axis is None else wrap(t, axis, number) for t, axis in pairs)
+    wrapped = [None if t is None or axis is None else wrap(t, axis, number) for t, axis in pairs]
+    return tuple(wrapped)
 
 
 _Pull = Callable[[Call, Grads], Sequence[Tensor]]  # a backward pass, of the call that ran forward
+_Run = tuple[Sequence[Tensor | None], _Pull]  # y, h_n, c_n and c, and their backward pass
 
 
 class _Differentiated(_SingleLevelFunction):
@@ -175,7 +290,7 @@ class _Differentiated(_SingleLevelFunction):
             found = _anew(call, tensors, grads)
         each = iter(found)
         places = (False, need_x, False, False, False, *need_rest)
-        return tuple(next(each) if need else None for need in places)
+        return tuple([next(each) if need else None for need in places])
 
 
 def _anew(call: Call, tensors: Sequence[Any], grads: Sequence[Any]) -> Sequence[Tensor]:
@@ -197,7 +312,7 @@ class _Pulled(_SingleLevelFunction):
     def forward(ctx: Any, how: tuple[Call, int, _Pull], *tensors: Any) -> Any:
         ctx.call, number, pull = how
         ctx.save_for_backward(*tensors)
-        grads = _unwrap_tracked(tensors[ctx.call.inputs :], number)
+        grads = _unwrap_tracked(tensors[-4:], number)
         with _Below():
             found = pull(ctx.call, Grads(*grads))
         return _wrap_tracked(found, number)
@@ -215,53 +330,73 @@ def _scan_differentiated(
     outer = (get_interpreter_stack() or [])[:-1]
     if any(level.key() != TransformType.Vmap for level in outer):
         return None
-    tensors = (*inputs[:4], *inputs.states, *inputs.weights)
-    given = _unwrap_tracked(tensors, number)
+    given = _unwrap_tracked(as_tensors(inputs), number)
     if not problem.grad or any(t is not None and _is_tracked(t) for t in given):
         return None
     call = Call(backend, problem)
     with _Below():  # where nothing is tracked
-        run = _forward_and_pull(call, given, inputs.x.requires_grad)
-    if run is None:
-        return None
+        run = _forward_and_pull(call, as_inputs(given), inputs.x.requires_grad)
+    return None if run is None else _differentiated(call, number, run, inputs)
+
+
+def _differentiated(
+    call: Call, number: int, run: _Run, inputs: Inputs
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What has `run` below the innermost transform, as that one sees it."""
     with _OneLevel():
         outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = _Differentiated.apply(  # type: ignore[attr-defined]
-            (call, number, run), *tensors
+            (call, number, run), *as_tensors(inputs)
         )
     return outputs
 
 
-def _forward_and_pull(
-    call: Call, tensors: Sequence[Any], wants_dx: bool
-) -> tuple[Sequence[Tensor | None], _Pull] | None:
+def _forward_and_pull(call: Call, inputs: Inputs, wants_dx: bool) -> _Run | None:
     """Under vmaps alone, a forward pass and what runs its backward pass; None where a vmap does not
     fold."""
-    level, inputs = _innermost(), as_inputs(tensors)
-    unbatched = inputs.unbatched()
+    level, unbatched = _innermost(), inputs.unbatched()
     if level is None:
         if unbatched:
             return None
-        route = Route.below(call.problem, call.backend, inputs)
-        y, h_n, c_n, c, saved = route.forward(inputs, True)
-
-        def pull_kernel(call: Call, grads: Grads) -> Sequence[Tensor]:
-            found = route.backward(inputs, y, saved, grads, call.needs, call.samples)
-            return [d for d in found if d is not None]
-
-        return (y, h_n, c_n, c), pull_kernel
+        return _kernel_and_pull(Route.below(call.problem, call.backend, inputs), inputs)
     number = level.level()
-    given, dims = _unwrap_members(tensors, number)
+    given, dims = _unwrap_members(as_tensors(inputs), number)
     members = _members_on(call.backend, level, call.problem, dims, unbatched)
     if members is None:
         return None
     if all(d is None for d in dims) or (members.groups and wants_dx and not members.own_x):
         return None
+    whole = Call(call.backend, members.problem)
+    return _members_and_pull(
+        members, number, given, dims, lambda ours: _forward_and_pull(whole, ours, wants_dx)
+    )
+
+
+def _kernel_and_pull(
+    route: Route, inputs: Inputs
+) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor | None], _Pull]:
+    """Below all transforms."""
+    y, h_n, c_n, c, saved = route.forward(inputs, True)
+
+    def pull(call: Call, grads: Grads) -> Sequence[Tensor]:
+        found = route.backward(inputs, y, saved, grads, call.needs, call.samples)
+        return [d for d in found if d is not None]
+
+    return (y, h_n, c_n, c), pull
+
+
+def _members_and_pull(
+    members: Members,
+    number: int,
+    given: Sequence[Tensor | None],
+    dims: Dims,
+    run: Callable[[Inputs], _Run | None],
+) -> _Run | None:
+    """Of the innermost vmap, whose number it is; `run` runs all of its members below it."""
     with _Below():
-        whole = Call(call.backend, members.problem)
-        run = _forward_and_pull(whole, members.inputs(given, dims), wants_dx)
-        if run is None:
+        found = run(as_inputs(members.inputs(given, dims)))
+        if found is None:
             return None
-        outputs, pull_all = run
+        outputs, pull_all = found
         parts = members.parts(outputs)
 
     def pull(call: Call, grads: Grads) -> Sequence[Tensor]:
@@ -292,7 +427,7 @@ def _unwrap_tracked(tensors: Sequence[Tensor | None], number: int) -> list[Tenso
 
 def _wrap_tracked(tensors: Sequence[Tensor | None], number: int) -> tuple[Tensor | None, ...]:
     wrap = torch._C._functorch._wrap_for_grad
-    return tuple(None if t is None else wrap(t, number) for t in tensors)
+    return tuple([None if t is None else wrap(t, number) for t in tensors])
 
 
 def _is_tracked(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from .backends import Backend, Inputs, Problem
 Dims = tuple[int | None, ...]  # of each tensor, the axis that a vmap has hidden
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """What of a layer call is no tensor.
 
@@ -84,21 +84,24 @@ class Members:
         needs = (*call.needs[:5], *call.needs[5:] * (1 if self.stacked else self.V))
         return Call(call.backend, self.problem, needs, call.samples)
 
-    def steps(self, tensor: Tensor | None, dim: int | None) -> Tensor | None:
+    def steps(self, tensor: Tensor, dim: int | None) -> Tensor:
         """[T, B, W] of each member -> [T, V*B, W] or [T, B, V*W]"""
         return self._merge(tensor, dim, 2 if self.groups else 1)
 
-    def states(self, tensor: Tensor | None, dim: int | None) -> Tensor | None:
+    def states(self, tensor: Tensor, dim: int | None) -> Tensor:
         """[G, B, W] of each member -> [G, V*B, W] or [V*G, B, W]"""
         return self._merge(tensor, dim, 0 if self.groups else 1)
 
     def inputs(self, tensors: Sequence[Any], dims: Dims) -> list[Tensor | None]:
         """What Forward takes, of each member -> the same of all of them."""
         x, _, lengths, reset, *rest = tensors
-        states = [self.states(s, d) for s, d in zip(rest[:4], dims[4:8], strict=True)]
+        states = [
+            None if s is None else self.states(s, d)
+            for s, d in zip(rest[:4], dims[4:8], strict=True)
+        ]
         if not self.groups:
-            lengths = self._merge(lengths, dims[2], 0)
-            reset = self._merge(reset, dims[3], 1)
+            lengths = None if lengths is None else self._merge(lengths, dims[2], 0)
+            reset = None if reset is None else self._merge(reset, dims[3], 1)
             return [self.steps(x, dims[0]), None, lengths, reset, *states, *rest[4:]]
         weights = list(zip(rest[4:], dims[8:], strict=True))
         x = self._columns(x, dims[0])
@@ -121,7 +124,8 @@ class Members:
     def grads(self, grads: Sequence[Any], dims: Dims) -> tuple[Tensor | None, ...]:
         """The gradients of y, h_n, c_n and c."""
         each = (self.steps, self.states, self.states, self.steps)
-        return tuple(fold(g, d) for fold, g, d in zip(each, grads, dims, strict=True))
+        pairs = zip(each, grads, dims, strict=True)
+        return tuple([None if g is None else fold(g, d) for fold, g, d in pairs])
 
     def outputs(
         self, tensors: Sequence[Tensor]
@@ -136,7 +140,7 @@ class Members:
         dims = [axis if is_there else None for axis, is_there in zip(self.axes, there, strict=True)]
         return (*found, *saved), (*dims, *(None,) * len(saved))
 
-    @property
+    @cached_property
     def axes(self) -> tuple[int, int, int, int]:
         """Where the members are in the parts of y, h_n, c_n and c."""
         return (2, 0, 0, 2) if self.groups else (1, 1, 1, 1)
@@ -186,9 +190,7 @@ class Members:
     def _part(self, tensor: Tensor, axis: int) -> Tensor:
         return tensor if self.unbatched else unflatten(tensor, axis, self.V)
 
-    def _merge(self, tensor: Tensor | None, dim: int | None, axis: int) -> Tensor | None:
-        if tensor is None:
-            return None
+    def _merge(self, tensor: Tensor, dim: int | None, axis: int) -> Tensor:
         spread = self._spread(tensor, dim, axis)
         return spread if self.unbatched else spread.flatten(axis, axis + 1)
 
@@ -210,3 +212,9 @@ def unflatten(tensor: Tensor, axis: int, size: int) -> Tensor:
 def as_inputs(tensors: Sequence[Any]) -> Inputs:
     x, batch_sizes, lengths, reset = tensors[:4]
     return Inputs(x, batch_sizes, lengths, reset, tensors[4:8], tensors[8:])
+
+
+def as_tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """Undo :func:`as_inputs`."""
+    x, batch_sizes, lengths, reset, states, weights = inputs
+    return x, batch_sizes, lengths, reset, *states, *weights

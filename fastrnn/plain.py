@@ -20,27 +20,20 @@ def signature(tensors: tuple[Tensor | None, ...]) -> bytes | None:
     None unless all are plain, where anybody wants to see how they are used or saved, and without
     the extension or a torch that lets it look into tensors (2.10).
     """
-    if (
-        _C is None
-        or _is_followed()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    ):
+    if is_followed() or torch._C._are_functorch_transforms_active():
+        return None
+    return signature_below(tensors)
+
+
+def signature_below(tensors: tuple[Tensor | None, ...]) -> bytes | None:
+    """The same where nobody follows what is computed, of tensors without what torch.func's
+    transforms have wrapped them in."""
+    if _C is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
     return _C.signature(tensors)
 
 
-def wrapped(tensors: tuple[Tensor | None, ...]) -> tuple[object, ...] | None:
-    """What :func:`signature` tells, of tensors some of which torch.func's transforms wrap.
-
-    None without transforms, and where anything else follows what is computed.
-    """
-    if not torch._C._are_functorch_transforms_active() or _is_followed():
-        return None
-    return tuple(None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors)
-
-
-def _is_followed() -> bool:
+def is_followed() -> bool:
     """Whether anybody watches, records, or differentiates forward."""
     return (
         is_watched() or torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0

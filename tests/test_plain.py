@@ -16,8 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
 from fastrnn import functional
+from fastrnn.backends import Inputs
 from fastrnn.cells import Cell
-from fastrnn.plain import all_plain, signature, wrapped
+from fastrnn.levels import Peeled, peel
+from fastrnn.plain import all_plain, signature
 
 _C = pytest.importorskip("fastrnn._C")
 
@@ -132,8 +134,8 @@ def test_checks_run_once_for_what_transforms_wrap(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(functional, "_checked", {})
     monkeypatch.setattr(functional, "_check_weights", check)
     layer = fastrnn.GRU(3, 4)
-    for members in (2, 6):
-        torch.vmap(lambda x: layer(x)[0])(torch.randn(members, 5, 2, 3))
+    for _ in range(3):
+        torch.vmap(lambda x: layer(x)[0])(torch.randn(6, 5, 2, 3))
     assert checked == [(5, 2, 3)]
     with pytest.raises(RuntimeError, match="must be equal to input_size"):
         torch.vmap(layer)(torch.randn(2, 5, 2, 4))
@@ -141,24 +143,61 @@ def test_checks_run_once_for_what_transforms_wrap(monkeypatch: pytest.MonkeyPatc
         torch.vmap(layer)(torch.randn(2, 5, 2, 3).double())
 
 
-def test_wrappers_are_told_apart() -> None:
+def peeled(*tensors: Tensor | None, in_dims: object = 0) -> Peeled | None:
+    """Under a vmap, in the places of x, batch_sizes, lengths, reset."""
     found = []
 
-    def look(x: Tensor) -> Tensor:
-        found.append(wrapped((x, None)))
+    def look(*tensors: Tensor | None) -> Tensor:
+        x = tensors[0]
+        assert x is not None
+        found.append(peel(Inputs(*(*tensors, None, None, None)[:4], (None,) * 4, [])))  # type: ignore[arg-type]
         return x.sum()
 
-    for x in (torch.zeros(2, 3), torch.ones(5, 3), torch.zeros(2, 4), torch.zeros(2, 3).double()):
-        torch.vmap(look)(x)
-    first, again, wider, double = found
-    assert None not in found[:4]
-    assert first == again
-    assert len({first, wider, double}) == 3
+    torch.vmap(look, in_dims)(*tensors)
+    return found[0]
+
+
+def signature_of(*tensors: Tensor | None, in_dims: object = 0) -> object:
+    found = peeled(*tensors, in_dims=in_dims)
+    assert found is not None
+    return found.signature
+
+
+def test_what_transforms_wrap_is_told_apart() -> None:
+    x = torch.zeros(3, 3)
+    leaf = torch.zeros(3, 3, requires_grad=True)
+    assert signature_of(x) == signature_of(torch.ones(3, 3))
+    others = [
+        signature_of(x),
+        signature_of(torch.zeros(5, 3)),
+        signature_of(torch.zeros(3, 4)),
+        signature_of(x.double()),
+        signature_of(leaf),
+        signature_of(x, in_dims=1),
+        signature_of(x, x),
+        signature_of(x, leaf),
+        signature_of(x, x, in_dims=(0, None)),
+    ]
+    assert len(set(others)) == len(others)
+
+
+def test_what_transforms_wrap_is_not_told_while_watched() -> None:
     for watch in list(WATCHES.values())[:3]:
         with watch():
-            torch.vmap(look)(torch.zeros(2, 3))
-    assert found[4:] == [None] * 3
-    assert wrapped((torch.zeros(2),)) is None
+            assert peeled(torch.zeros(3, 3)) is None
+    other = torch.zeros(2).as_subclass(Subclass)
+    assert peeled(torch.zeros(3, 3), other, in_dims=(0, None)) is None
+
+
+def test_what_has_escaped_a_transform_is_not_told() -> None:
+    kept = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x.sum()
+
+    torch.func.grad(keep)(torch.zeros(2))
+    assert peeled(torch.zeros(3, 3), *kept, in_dims=(0, None)) is None
 
 
 def negated(tensor: Tensor) -> Tensor:
