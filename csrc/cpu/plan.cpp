@@ -43,6 +43,9 @@ constexpr Product kByValues = {1, false, 1, 0, 0, 1, 1e6, 1, 5, 1};
 // See split.h. From kSplitLeast rows on over all timesteps, taking the weights apart can pay.
 constexpr Product kByParts = {0.6, true, 32, 40, 1.5, 1.5, 1.5e6, 1.2, 7.5, 0.3};
 constexpr int64_t kSplitLeast = 192;
+// What parts promise they must promise by this much: shallow products do not keep it, and beside a busy neighbour on
+// its core the tile unit takes up to three times as long.
+constexpr double kSplitGain = 0.8;
 
 // The rows that a product takes as long as: it is of tiles of 16, of which the last is as high as the rest where there
 // is one block of two, but takes as long as 10 rows at least.
@@ -164,10 +167,10 @@ Step make_step(const KernelTable& table, Dtype dtype, const Sequence& seq, int64
   return step;
 }
 
-// Whether rows so deep take less time to multiply by parts, fetching the weights aside.
+// Whether rows so deep take much less time to multiply by parts, fetching the weights aside.
 bool pays_to_split(int64_t rows, int64_t depth, int64_t vectors) {
   const auto cost = [&](const Product& p) { return product_cost(p, rows, depth, static_cast<double>(vectors), 0, 0); };
-  return cost(kByParts) < cost(kByValues);
+  return cost(kByParts) < kSplitGain * cost(kByValues);
 }
 
 // Whether row parts pack weights of so many bytes each for itself.
@@ -199,7 +202,7 @@ Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, i
   const bool splits = table.splits[static_cast<int>(dtype)] && args.seq.N >= kSplitLeast;
   Division best = division(most, kByValues);
   bool split_state = false;
-  if (splits) {
+  if (splits && pays_to_split(32, args.out(), cell.gates * vectors)) {
     // Tiles are multiplied in pairs.
     const Division by_parts = division(most * cell.gates % 2 ? 2 * most : most, kByParts);
     split_state = by_parts.cost < best.cost;

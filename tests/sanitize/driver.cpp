@@ -267,10 +267,11 @@ struct Kernel {
   }
 };
 
-// How the work is shared out: as planned, or, since other machines' plans differ, rows by units in narrow panels.
+// How the work is shared out: as planned, or, since other machines' plans differ, rows by units in narrow panels,
+// where there are tiles of values or of their parts.
 struct Division {
   int threads, rows, units;  // rows 0: as planned
-  bool own_panels;
+  bool own_panels, by_parts;
 
   template <class Args>
   Plan plan(const Kernel& kernel, const Args& args) const {
@@ -282,13 +283,15 @@ struct Division {
     plan.row_parts = static_cast<int>(std::min<int64_t>(rows, args.seq.B));
     plan.unit_parts = static_cast<int>(std::min<int64_t>(units, ceil_div(args.H, lanes)));
     plan.own_panels = own_panels;
+    plan.split_input = plan.split_state = by_parts && kernel.table.splits[static_cast<int>(kernel.dtype)];
     plan.chunk = 2;
     return plan;
   }
 };
 
-constexpr Division kDivisions[] = {{3, 0, 0, false}, {4, 2, 2, true},  {3, 1, 3, false}, {1, 0, 0, false},
-                                   {2, 0, 0, false}, {4, 0, 0, false}, {3, 3, 1, true},  {4, 2, 2, false}};
+constexpr Division kDivisions[] = {{3, 0, 0, false, false}, {4, 2, 2, true, true},   {3, 1, 3, false, true},
+                                   {1, 0, 0, false, false}, {2, 0, 0, false, false}, {4, 0, 0, false, false},
+                                   {3, 3, 1, true, false},  {4, 2, 2, false, false}};
 constexpr int kFewDivisions = 3;
 
 std::string current;  // what runs now, for the report
