@@ -72,12 +72,14 @@ class Peeled(NamedTuple):
         tensors: as they are below all transforms.
         levels: from the innermost, each one's number and the axes that it hides; None for those of
             one that differentiates.
+        tracked: whether autograd follows any of them, around all transforms.
         signature: equal where all tensors have the same dtypes, devices and shapes at every level,
-            and where the same are tracked by autograd, x among them or not.
+            and where autograd and a transform want gradients of x, and of any of them, or do not.
     """
 
     tensors: tuple[Tensor | None, ...]
     levels: list[tuple[int, Dims | None]]
+    tracked: bool
     signature: tuple[object, ...]
 
 
@@ -103,8 +105,9 @@ def peel(inputs: Inputs) -> Peeled | None:
     read = signature_below(tensors)
     if read is None:
         return None
-    tracked = any(t is not None and t.requires_grad for t in tensors)
-    return Peeled(tensors, levels, (read, tracked, inputs.x.requires_grad, *[d for _, d in levels]))
+    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    key = (read, tracked, inputs.x.requires_grad, *[d for _, d in levels])
+    return Peeled(tensors, levels, tracked, key)
 
 
 class Fold(NamedTuple):
@@ -122,10 +125,7 @@ def fold(route: Route, inputs: Inputs, peeled: Peeled) -> Fold | None:
     *inner, (_, dims) = peeled.levels
     if backend.differentiable or dims is None or len(inner) > 1:
         return None
-    tracked = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in peeled.tensors
-    )
-    if inner and (inner[0][1] is not None or not problem.grad or tracked):
+    if inner and (inner[0][1] is not None or not problem.grad or peeled.tracked):
         return None
     vmap = (get_interpreter_stack() or [])[0]
     members = _members_on(backend, vmap, problem, dims, inputs.unbatched(), alone=True)
@@ -133,7 +133,7 @@ def fold(route: Route, inputs: Inputs, peeled: Peeled) -> Fold | None:
         return None
     if inner and members.groups and inputs.x.requires_grad and not members.own_x:
         return None
-    whole = members.problem if inner else members.problem._replace(grad=tracked)
+    whole = members.problem if inner else members.problem._replace(grad=peeled.tracked)
     return Fold(Call(backend, problem), members, Route(whole, backend, True, route.settled))
 
 
@@ -148,7 +148,6 @@ def scan_folded(
         return _run_members(
             members, number, peeled.tensors, dims, lambda ours: autograd.scan(whole, ours)
         )
-
     with _Below():
         run = _members_and_pull(
             members, number, peeled.tensors, dims, lambda ours: _kernel_and_pull(whole, ours)
@@ -169,7 +168,7 @@ def _scan_members(
     if all(d is None for d in dims):
         with _Below():
             return scan(backend, problem, as_inputs(given))
-    members = _members_on(backend, level, problem, dims, inputs.unbatched())
+    members = _members_on(backend, level, problem, dims, inputs.unbatched(), _is_alone())
     if members is None:
         return None
     return _run_members(
@@ -196,15 +195,13 @@ def _members_on(
     problem: Problem,
     dims: Dims,
     unbatched: bool,
-    alone: bool | None = None,
+    alone: bool,
 ) -> Members | None:
     """The members of a vmap as a call that the backend serves, if there is one. Stacked weights no
-    transform of torch's shall see: the vmap must be `alone`."""
+    transform of torch's shall see: no other may be around the vmap."""
     members = Members.of(CVmapInterpreterPtr(level).batchSize(), problem, dims, unbatched)
     if members is None:
         return None
-    if alone is None:
-        alone = len(get_interpreter_stack() or ()) == 1
     if members.groups and alone:
         stacked = members.with_stacks
         if not backend.supports(stacked.problem):
@@ -214,6 +211,11 @@ def _members_on(
 
 def _innermost() -> CInterpreter | None:  # torch does not tell that there may be none
     return peek_interpreter_stack()
+
+
+def _is_alone() -> bool:
+    """Whether no transform is around the innermost."""
+    return len(get_interpreter_stack() or ()) == 1
 
 
 class _Below:
@@ -360,7 +362,7 @@ def _forward_and_pull(call: Call, inputs: Inputs, wants_dx: bool) -> _Run | None
         return _kernel_and_pull(Route.below(call.problem, call.backend, inputs), inputs)
     number = level.level()
     given, dims = _unwrap_members(as_tensors(inputs), number)
-    members = _members_on(call.backend, level, call.problem, dims, unbatched)
+    members = _members_on(call.backend, level, call.problem, dims, unbatched, _is_alone())
     if members is None:
         return None
     if all(d is None for d in dims) or (members.groups and wants_dx and not members.own_x):
