@@ -283,7 +283,7 @@ struct Division {
     plan.row_parts = static_cast<int>(std::min<int64_t>(rows, args.seq.B));
     plan.unit_parts = static_cast<int>(std::min<int64_t>(units, ceil_div(args.H, lanes)));
     plan.own_panels = own_panels;
-    plan.split_input = plan.split_state = by_parts && kernel.table.splits[static_cast<int>(kernel.dtype)];
+    plan.split_input = plan.split_state = by_parts && plan.pack && kernel.table.splits[static_cast<int>(kernel.dtype)];
     plan.chunk = 2;
     return plan;
   }
