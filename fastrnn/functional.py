@@ -205,7 +205,7 @@ def _route(
     where what depends on values had to be checked before; the states are as they were given; the
     options are the directions, all_states and recompute."""
     x, batch_sizes, lengths, reset, _, weights = inputs
-    kind, (states, reset_states) = CELLS[cell], given
+    kind, (states, reset_states), (*_, recompute) = CELLS[cell], given, options
     if peeled is None:
         tensors = (x, batch_sizes, lengths, reset, *(states or ()), *(reset_states or ()), *weights)
         read: object = signature(tensors)
@@ -226,7 +226,7 @@ def _route(
         return known
     else:
         problem = known[0].problem
-    route = Route.find(problem, options[2], plain)
+    route = Route.find(problem, recompute, plain)
     way = route, None if peeled is None else levels.fold(route, inputs, peeled)
     if read is not None:
         _remember(key, way)

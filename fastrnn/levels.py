@@ -134,7 +134,7 @@ def fold(route: Route, inputs: Inputs, peeled: Peeled) -> Fold | None:
     if inner and members.groups and inputs.x.requires_grad and not members.own_x:
         return None
     whole = members.problem if inner else members.problem._replace(grad=peeled.tracked)
-    return Fold(Call(backend, problem), members, Route(whole, backend, True, route.settled))
+    return Fold(Call(backend, problem), members, Route(whole, backend, plain=True))
 
 
 def scan_folded(

@@ -19,7 +19,7 @@ from .backends import Backend, Inputs, Problem
 Dims = tuple[int | None, ...]  # of each tensor, the axis that a vmap has hidden
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True)
 class Call:
     """What of a layer call is no tensor.
 

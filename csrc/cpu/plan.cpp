@@ -202,6 +202,7 @@ Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, i
   const bool splits = table.splits[static_cast<int>(dtype)] && args.seq.N >= kSplitLeast;
   Division best = division(most, kByValues);
   bool split_state = false;
+  // Of a whole block of rows: what fewer lose is in the cost of a step.
   if (splits && pays_to_split(32, args.out(), cell.gates * vectors)) {
     // Tiles are multiplied in pairs.
     const Division by_parts = division(most * cell.gates % 2 ? 2 * most : most, kByParts);
