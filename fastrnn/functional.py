@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
-from . import levels
+from . import transforms
 from .autograd import Route, scan, wants_gradients
 from .backends import Inputs, Problem, Weights, asked, check_batch_sizes, check_lengths
 from .cells import CELLS, Cell, States
@@ -19,7 +19,7 @@ from .ops import describe
 from .plain import signature
 
 # A route, and the only vmap's members as one call where they are one.
-Way = tuple[Route, levels.Fold | None]
+Way = tuple[Route, transforms.Fold | None]
 
 # The ways of calls that have passed the checks. What has the same dtypes, devices and shapes
 # passes too, and goes the same way: finding that out takes longer than a small layer.
@@ -181,12 +181,12 @@ def layer(
     peeled = None
     # Of reset_states without a reset its signature would not tell.
     if torch._C._are_functorch_transforms_active() and (reset_states is None or reset is not None):
-        peeled = levels.peel(inputs)
+        peeled = transforms.peel(inputs)
     route, fold = _route(cell, inputs, peeled, batch, given, options, check)
     if peeled is not None and fold is not None:
-        y, h_n, c_n, c = levels.scan_folded(fold, peeled, inputs)
+        y, h_n, c_n, c = transforms.scan_folded(fold, peeled, inputs)
     elif route.is_transformed():
-        y, h_n, c_n, c = levels.scan(route.backend, route.problem, inputs)
+        y, h_n, c_n, c = transforms.scan(route.backend, route.problem, inputs)
     else:
         y, h_n, c_n, c = scan(route, inputs)
     return y, (h_n,) if c_n is None else (h_n, c_n), c
@@ -195,7 +195,7 @@ def layer(
 def _route(
     cell: str,
     inputs: Inputs,
-    peeled: levels.Peeled | None,
+    peeled: transforms.Peeled | None,
     batch: int | None,
     given: tuple[States | None, States | None],
     options: tuple[tuple[bool, ...], bool, int],
@@ -227,7 +227,7 @@ def _route(
     else:
         problem = known[0].problem
     route = Route.find(problem, recompute, plain)
-    way = route, None if peeled is None else levels.fold(route, inputs, peeled)
+    way = route, None if peeled is None else transforms.fold(route, inputs, peeled)
     if read is not None:
         _remember(key, way)
     return way

@@ -18,8 +18,8 @@ import fastrnn
 from fastrnn import functional
 from fastrnn.backends import Inputs
 from fastrnn.cells import Cell
-from fastrnn.levels import Peeled, peel
 from fastrnn.plain import all_plain, signature
+from fastrnn.transforms import Peeled, peel
 
 _C = pytest.importorskip("fastrnn._C")
 

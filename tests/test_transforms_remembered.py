@@ -11,7 +11,8 @@ from helpers import using
 from torch import Tensor
 from torch.func import grad, vmap
 
-from fastrnn import functional, levels
+from fastrnn import functional
+from fastrnn.transforms import folds, levels
 
 N = 4  # of everything, so that only what is done to them tells the calls apart
 Loss = Callable[..., Tensor]
@@ -124,9 +125,10 @@ def test_how_members_fold_is_found_out_once(name: str, monkeypatch: pytest.Monke
     def loss(x: Tensor, w: Tensor) -> Tensor:
         return functional.layer("gru", x, None, [w, w, None, None])[0].square().sum()
 
-    run = levels._members_on
+    run = levels.members_on
     monkeypatch.setattr(functional, "_checked", {})
-    monkeypatch.setattr(levels, "_members_on", members_on)
+    for module in (levels, folds):
+        monkeypatch.setattr(module, "members_on", members_on)
     with using("cpu"):
         for _ in range(3):
             CALLS[name](loss, torch.randn(N, N, N, N), torch.randn(N, 3 * N, N))

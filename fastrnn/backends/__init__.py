@@ -117,8 +117,8 @@ def refusal(candidate: Backend, problem: Problem) -> str | None:
 
 
 def transforms_refusal() -> str | None:
-    """Why the kernels, which :mod:`fastrnn.levels` runs, do not serve what of torch.func is active;
-    None if they do."""
+    """Why the kernels, which :mod:`fastrnn.transforms` runs, do not serve what of torch.func is
+    active; None if they do."""
     if not torch._C._are_functorch_transforms_active():
         return None
     if torch.compiler.is_compiling():

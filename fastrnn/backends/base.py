@@ -74,7 +74,7 @@ class Inputs(NamedTuple):
 
     def unbatched(self) -> bool:
         """Whether x is [T, I], one sequence, and comes with weights alone. Differentiable backends
-        take that, and :mod:`fastrnn.levels`: members of a vmap may be its batch."""
+        take that, and :mod:`fastrnn.transforms`: members of a vmap may be its batch."""
         return self.batch_sizes is None and self.x.dim() == 2
 
     def with_batch(self) -> Inputs:

@@ -1,6 +1,6 @@
 """A layer's forward and backward pass as Functions of torch.func, in any nesting of vmap and grad.
 
-A vmap is one call of the same kernel: see :mod:`fastrnn.members`. Each rule below turns a call
+A vmap is one call of the same kernel: see :mod:`.members`. Each rule below turns a call
 under one vmap into a call without it, so that nested ones peel off one by one until tensors with
 memory are left."""
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
-from .autograd import run_backward, run_forward
-from .backends import REFERENCE, Grads, Inputs, Outputs, Problem
+from .. import ops
+from ..autograd import run_backward, run_forward
+from ..backends import REFERENCE, Grads, Inputs, Outputs, Problem
 from .members import Call, Dims, Members, as_inputs, unflatten
 
 

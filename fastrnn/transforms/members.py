@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend, Inputs, Problem
+from ..backends import Backend, Inputs, Problem
 
 Dims = tuple[int | None, ...]  # of each tensor, the axis that a vmap has hidden
 
