@@ -1,13 +1,11 @@
 // Products of so few rows that packing anything does not pay: they are sums of rows, read as they lie.
 #pragma once
 
-#include "pack.h"
+#include "operands.h"
 
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-// Batches of fewer rows, over all timesteps, are thin.
-inline constexpr int64_t kThinRows = 4;
 // Outputs of a task: few, for tasks are dealt out evenly.
 inline constexpr int64_t kThinTaskRows = 16;
 
@@ -60,6 +58,105 @@ FASTRNN_INLINE void add_rows(AccVec<T> (&sums)[kSummedVectors], const T* factors
     }
   }
 }
+
+// What Products does, of a thin batch.
+template <class T>
+class ThinProducts {
+  using A = Acc<T>;
+  using V = AccVec<T>;
+  using Layout = ProductsLayout<T>;
+  static constexpr int lanes = kLanes<A>;
+  static constexpr int64_t kThinColumns = kSummedVectors * lanes;
+
+ public:
+  ThinProducts(const BackwardArgs& args, const Layout& layout, const Share& share, int gates)
+      : args_(args),
+        layout_(layout),
+        share_(share),
+        of_(args, layout, share, gates),
+        gates_(gates),
+        Hp_(round_up(args.H, kUnitPad)) {}
+
+  // Each thread has its own tasks here: what it writes of dW is still in its cache from the last call, as a rule, and
+  // there is too little work for others to help out.
+  void run() const {
+    const Range groups = share_.groups, inputs = of_.inputs_of(share_.part);
+    const Range column_blocks = of_.input_blocks(share_.part, ceil_div(args_.I, kThinColumns));
+    const int64_t products = groups.size() * args_.samples.number;
+    const int64_t blocks = ceil_div(args_.H, kThinTaskRows), proj_blocks = ceil_div(args_.P, kThinTaskRows);
+    for_my_tasks(args_.dx ? inputs.size() * column_blocks.size() : 0, [&](Digits task) {
+      const int64_t column = (column_blocks.begin + task.take(column_blocks.size())) * kThinColumns;
+      input_gradient(static_cast<int>(inputs.begin + task.rest), column);
+    });
+    for_my_tasks(products * gates_ * blocks, [&](Digits task) {
+      const int64_t unit = task.take(blocks) * kThinTaskRows, gate = task.take(gates_);
+      const int64_t sample = task.take(args_.samples.number);
+      const int g = static_cast<int>(groups.begin + task.rest);
+      weight_gradients(of_.left(g, false), sample, gate, unit, of_.ih(g));
+      weight_gradients(of_.left(g, true), sample, gate, unit, of_.hh(g));
+    });
+    for_my_tasks(products * proj_blocks, [&](Digits task) {
+      const int64_t unit = task.take(proj_blocks) * kThinTaskRows, sample = task.take(args_.samples.number);
+      const int g = static_cast<int>(groups.begin + task.rest);
+      weight_gradients(of_.projection(g), sample, 0, unit, of_.hr(g));
+    });
+  }
+
+ private:
+  template <class Body>
+  void for_my_tasks(int64_t number, Body body) const {
+    const Range mine = share_.packs(number);
+    for (int64_t i = mine.begin; i < mine.end; ++i) body(Digits{i});
+  }
+
+  // Columns of dx as a sum of rows of W_ih.
+  void input_gradient(int input, int64_t column) const {
+    const Range groups = of_.readers(input);
+    const int64_t columns = args_.I - column, H = args_.H;
+    for (int64_t n = 0; n < args_.seq.N; ++n) {
+      V sums[kSummedVectors] = {};
+      for (int64_t g = groups.begin; g < groups.end; ++g) {
+        const T* w = static_cast<const T*>(args_.groups[g].w_ih) + column;
+        const T* const dgates = layout_.group[g].dgates_x + n * layout_.depth;
+        for (int k = 0; k < gates_; ++k) add_rows(sums, dgates + k * Hp_, w + k * H * args_.I, args_.I, H, columns);
+      }
+      for (int64_t v = 0; v < kSummedVectors && v * lanes < columns; ++v) {
+        store_first(of_.dx_row(input, n) + column + v * lanes, sums[v], columns - v * lanes);
+      }
+    }
+  }
+
+  // Up to kThinTaskRows rows of dW and db: each the sum over n of one element on the left times a row on the right.
+  void weight_gradients(const Left<T>& left, int64_t sample, int64_t gate, int64_t unit, const Target<T>& out) const {
+    if (!out.wanted()) return;
+    const int64_t end = left.units - unit < kThinTaskRows ? left.units : unit + kThinTaskRows;
+    const int64_t rows = left.rows();
+    const Range mine = layout_.order.rows_of(sample);
+    for (; unit < end; ++unit) {
+      const T* const element = left.data + gate * left.padded + unit;
+      Terms<T> terms;
+      A sum = 0;
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        const int64_t n = layout_.order.row(i);
+        const A d = widen_one(element[n * left.ld]);
+        sum += d;
+        if (!out.dw || !out.rows[n]) continue;
+        terms.factor[terms.count] = d;
+        terms.row[terms.count++] = out.rows[n];
+      }
+      const int64_t row = gate * left.units + unit;
+      if (out.db) store_first(out.db_row(sample, rows, row), broadcast(sum), 1);
+      if (out.dw) store_terms(out.dw_row(sample, rows, row), terms, out.right->columns);
+    }
+  }
+
+  const BackwardArgs& args_;
+  const Layout& layout_;
+  const Share& share_;
+  const Operands<T> of_;
+  int gates_;
+  int64_t Hp_;
+};
 
 }  // namespace FASTRNN_ISA
 }  // namespace fastrnn
