@@ -272,7 +272,10 @@ def rms(t: Tensor) -> float:
     return t.double().square().mean().sqrt().item() if t.numel() else 0.0
 
 
-def floor(dtype: torch.dtype, terms: int, elements: int) -> float:
+TF32_EPS = 2.0**-10  # as torch.finfo's
+
+
+def floor(dtype: torch.dtype, terms: int, elements: int, eps: float | None = None) -> float:
     """Relative error, root mean square over the elements of a tensor, that any implementation in
     `dtype` may have, besides what plain PyTorch has.
 
@@ -283,9 +286,10 @@ def floor(dtype: torch.dtype, terms: int, elements: int) -> float:
     three factors that come out of memory (activation, incoming gradient, state) and of the result.
     The mean over n elements scatters by 1/sqrt(2n) of itself, of which three times are allowed. In
     float64 the truth errs as much itself, and so does what plain PyTorch is measured by: 4 times.
+    `eps` is that of `dtype`, unless products may round their factors further.
     """
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    wide, narrow = torch.finfo(accumulator).eps, torch.finfo(dtype).eps
+    wide, narrow = torch.finfo(accumulator).eps, eps or torch.finfo(dtype).eps
     ulps = math.sqrt(4) * narrow + math.sqrt(terms + 16) * wide
     truth = 4 if dtype == torch.float64 else 1
     return truth * ulps / 2 / math.sqrt(3) * (1 + 3 / math.sqrt(2 * max(elements, 1)))
@@ -312,7 +316,12 @@ def assert_within_budget(
 
 
 def _assert_within(
-    plain: dict[str, float], ours: Named, exact: Named, dtype: torch.dtype, terms: int
+    plain: dict[str, float],
+    ours: Named,
+    exact: Named,
+    dtype: torch.dtype,
+    terms: int,
+    eps: float | None = None,
 ) -> None:
     assert ours.keys() == exact.keys()
     bad = []
@@ -320,7 +329,7 @@ def _assert_within(
         assert ours[name].shape == truth.shape, name
         assert ours[name].dtype == dtype, name
         error = rms(ours[name].double() - truth)
-        allowed = 2 * plain[name] + floor(dtype, terms, truth.numel()) * rms(truth)
+        allowed = 2 * plain[name] + floor(dtype, terms, truth.numel(), eps) * rms(truth)
         if not error <= allowed:
             bad.append(
                 f"{name}: {error:.3g}, plain PyTorch {plain[name]:.3g}, allowed {allowed:.3g}"
@@ -341,11 +350,11 @@ class Truth:
         exact = self._on_the_side_of(result)
         self.plain = {name: rms(result[name].double() - exact[name]) for name in exact}
 
-    def check(self, ours: Named) -> None:
-        """Assert the budget (see :func:`assert_within_budget`)."""
+    def check(self, ours: Named, eps: float | None = None) -> None:
+        """Assert the budget (see :func:`assert_within_budget` and :func:`floor`)."""
         case = self.case
         longest = case.T * case.B + case.I + case.H  # a weight gradient's sum, or a gate's
-        _assert_within(self.plain, ours, self._on_the_side_of(ours), self.dtype, longest)
+        _assert_within(self.plain, ours, self._on_the_side_of(ours), self.dtype, longest, eps)
 
     def _on_the_side_of(self, result: Named) -> Named:
         """The truth for a result: at a kink, where a rounding error decides between two slopes that
@@ -371,12 +380,17 @@ class Truth:
 
 
 @contextlib.contextmanager
-def tf32() -> Iterator[None]:
-    """Let products of float32 round their factors to TF32 where the hardware can."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
+def float32_products(precision: str) -> Iterator[None]:
+    """Let products of float32, torch's own and those of recurrent layers, round their factors to
+    TF32 where the hardware can, if that is the precision; else not."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @contextlib.contextmanager

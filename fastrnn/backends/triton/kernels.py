@@ -125,14 +125,30 @@ def _cut_back(ds, cuts, cut, BU: tl.constexpr, BB: tl.constexpr, STATES: tl.cons
 
 
 @triton.jit
-def _weight(w_hh, gate, u, k, H, TRANSPOSED: tl.constexpr):
+def _goes_backwards(backwards):
+    """Bit g of `backwards` for this program's group g; past the last bit there is but its sign."""
+    return ((backwards.to(tl.int64) >> tl.minimum(tl.program_id(2), 63)) & 1).to(tl.int32)
+
+
+@triton.jit
+def _factor(tile, PRECISION: tl.constexpr):
+    """A product's factor, rounded to TF32 where the tensor cores would cut it off to that."""
+    if PRECISION == "tf32" and tile.dtype == tl.float32:
+        bits = tile.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        tile = tl.where(tile == tile, rounded, tile)
+    return tile
+
+
+@triton.jit
+def _weight(w_hh, gate, u, k, H, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
     """The tile [units u, k] of one gate of W_hh [gates*H, H], or of its transpose."""
     mask = (u < H)[:, None] & (k < H)[None, :]
     if TRANSPOSED:
         at = (gate * H + k).to(tl.int64)[None, :] * H + u[:, None]
     else:
         at = (gate * H + u).to(tl.int64)[:, None] * H + k[None, :]
-    return tl.load(w_hh + at, mask=mask, other=0.0)
+    return _factor(tl.load(w_hh + at, mask=mask, other=0.0), PRECISION)
 
 
 @triton.jit
@@ -144,13 +160,14 @@ def _hold(
     CHUNKS: tl.constexpr,
     GATES: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The program's part of W_hh: for every gate its chunks of `BK` columns."""
     tiles = ()
     for gate in tl.static_range(GATES):
         for chunk in tl.static_range(CHUNKS):
             k = chunk * BK + tl.arange(0, BK)
-            tiles = tiles + (_weight(w_hh, gate, u, k, H, TRANSPOSED),)
+            tiles = tiles + (_weight(w_hh, gate, u, k, H, TRANSPOSED, PRECISION),)
     return tiles
 
 
@@ -163,25 +180,25 @@ def _announce(arrived):
 
 
 @triton.jit
-def _await(arrived, parts):
-    """Wait for `parts` announcements; False if they did not come, which then shows as NaN."""
-    came = True
+def _await(arrived, parts, came):
+    """Wait for `parts` announcements; False if they did not come, which then shows as NaN. Who has
+    waited in vain once, `came` being False, does not wait again."""
     if arrived is not None:
         seen = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
         spins = 0
-        while (seen < parts) & (spins < SPINS):
+        while (seen < parts) & (spins < SPINS) & came:
             seen = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
             spins += 1
         tl.debug_barrier()
-        came = seen >= parts
+        came = came & (seen >= parts)
     return came
 
 
 @triton.jit
-def _exchanged(at, mask, came):
-    """A tile that other programs wrote: from L2, as this SM's L1 may have an older one."""
+def _exchanged(at, mask, came, PRECISION: tl.constexpr):
+    """A factor that other programs wrote: from L2, as this SM's L1 may have an older one."""
     tile = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-    return tl.where(came, tile, float("nan")).to(tile.dtype)
+    return _factor(tl.where(came, tile, float("nan")).to(tile.dtype), PRECISION)
 
 
 @triton.jit
@@ -208,7 +225,8 @@ def _product_forward(
     if HELD:
         for chunk in tl.static_range(CHUNKS):
             k = chunk * BK + tl.arange(0, BK)
-            h = _exchanged(exchange + rows + k[:, None], (k < H)[:, None] & (b < B)[None, :], came)
+            there = (k < H)[:, None] & (b < B)[None, :]
+            h = _exchanged(exchange + rows + k[:, None], there, came, PRECISION)
             added = ()
             for gate in tl.static_range(GATES):
                 tile = held[gate * CHUNKS + chunk]
@@ -217,10 +235,11 @@ def _product_forward(
     else:
         for chunk in range(CHUNKS):
             k = chunk * BK + tl.arange(0, BK)
-            h = _exchanged(exchange + rows + k[:, None], (k < H)[:, None] & (b < B)[None, :], came)
+            there = (k < H)[:, None] & (b < B)[None, :]
+            h = _exchanged(exchange + rows + k[:, None], there, came, PRECISION)
             added = ()
             for gate in tl.static_range(GATES):
-                tile = _weight(w_hh, gate, u, k, H, False)
+                tile = _weight(w_hh, gate, u, k, H, False, PRECISION)
                 added = added + (tl.dot(tile, h, sums[gate], input_precision=PRECISION),)
             sums = added
     return sums
@@ -252,7 +271,7 @@ def _product_backward(
             for chunk in tl.static_range(CHUNKS):
                 k = chunk * BK + tl.arange(0, BK)
                 at = dgates + row[None, :] * width + (gate * H + k)[:, None]
-                part = _exchanged(at, (k < H)[:, None] & known[None, :], came)
+                part = _exchanged(at, (k < H)[:, None] & known[None, :], came, PRECISION)
                 tile = held[gate * CHUNKS + chunk]
                 total = tl.dot(tile, part, total, input_precision=PRECISION)
     else:
@@ -260,8 +279,8 @@ def _product_backward(
             k = chunk * BK + tl.arange(0, BK)
             for gate in tl.static_range(GATES):
                 at = dgates + row[None, :] * width + (gate * H + k)[:, None]
-                part = _exchanged(at, (k < H)[:, None] & known[None, :], came)
-                tile = _weight(w_hh, gate, u, k, H, True)
+                part = _exchanged(at, (k < H)[:, None] & known[None, :], came, PRECISION)
+                tile = _weight(w_hh, gate, u, k, H, True, PRECISION)
                 total = tl.dot(tile, part, total, input_precision=PRECISION)
     return total
 
@@ -304,7 +323,7 @@ def forward_scan(
     PRECISION: tl.constexpr,
 ):
     g = tl.program_id(2).to(tl.int64)
-    backward = ((backwards >> tl.program_id(2)) & 1).to(tl.int32)
+    backward = _goes_backwards(backwards)
     u = tl.program_id(1) * BU + tl.arange(0, BU)
     b = tl.program_id(0) * BB + tl.arange(0, BB)
     inside = (u < H)[:, None] & (b < B)[None, :]
@@ -318,7 +337,7 @@ def forward_scan(
         arrived += g * tl.num_programs(0) + tl.program_id(0)
     held = ()
     if HELD:
-        held = _hold(w_hh, u, H, BK, CHUNKS, GATES, False)
+        held = _hold(w_hh, u, H, BK, CHUNKS, GATES, False, PRECISION)
     bias_x = ()
     bias_h = ()
     if bias is not None:
@@ -333,6 +352,7 @@ def forward_scan(
     row = _row(t, b, B, offsets)
     active = t < length
     x = _load_tiles(gates_x, row, G * GATES * H, u, inside & active[None, :], H, GATES)
+    came = tl.full((), True, tl.int1)
     for s in range(begin, end):
         t_next = tl.where(s + 1 < T, t + 1 - 2 * backward, T)
         row_next = _row(tl.minimum(t_next, T - 1), b, B, offsets)
@@ -343,11 +363,11 @@ def forward_scan(
 
         if WHOLE:
             r = ()
-            operand = states[0].to(w_hh.dtype.element_ty)
+            operand = _factor(states[0].to(w_hh.dtype.element_ty), PRECISION)
             for gate in tl.static_range(GATES):
                 r = r + (tl.dot(held[gate], operand, input_precision=PRECISION),)
         else:
-            came = _await(arrived, s * tl.num_programs(1))
+            came = _await(arrived, s * tl.num_programs(1), came)
             slot = exchange + ((s % 2) * G + g) * B * H
             r = _product_forward(
                 w_hh, held, slot, b, B, u, H, came, BU, BB, BK, CHUNKS, HELD, GATES, PRECISION
@@ -432,7 +452,7 @@ def backward_scan(
     PRECISION: tl.constexpr,
 ):
     g = tl.program_id(2).to(tl.int64)
-    backward = ((backwards >> tl.program_id(2)) & 1).to(tl.int32)
+    backward = _goes_backwards(backwards)
     u = tl.program_id(1) * BU + tl.arange(0, BU)
     b = tl.program_id(0) * BB + tl.arange(0, BB)
     inside = (u < H)[:, None] & (b < B)[None, :]
@@ -447,10 +467,11 @@ def backward_scan(
         arrived += g * tl.num_programs(0) + tl.program_id(0)
     held = ()
     if HELD:
-        held = _hold(w_hh, u, H, BK, CHUNKS, GATES, True)
+        held = _hold(w_hh, u, H, BK, CHUNKS, GATES, True, PRECISION)
 
     ds = _load_states(h, c, state_at, inside, STATES)
     cuts = _zeros(BU, BB, STATES)
+    came = tl.full((), True, tl.int1)
     for k in range(begin, end):
         s = T - 1 - k
         t = s + backward * (T - 1 - 2 * s)
@@ -458,7 +479,7 @@ def backward_scan(
             t_done = tl.where(k > 0, t + 1 - 2 * backward, T)
             known = t_done < length
             row_done = _row(tl.minimum(t_done, T - 1), b, B, offsets)
-            came = _await(arrived, k * tl.num_programs(1))
+            came = _await(arrived, k * tl.num_programs(1), came)
             product = _product_backward(
                 w_hh, held, dgates_h, row_done, width, known, u, H, came,
                 BU, BB, BK, CHUNKS, HELD, GATES, PRECISION,
@@ -498,7 +519,7 @@ def backward_scan(
         if WHOLE:
             product = tl.zeros((BU, BB), tl.float32)
             for gate in tl.static_range(GATES):
-                operand = dr[gate].to(w_hh.dtype.element_ty)
+                operand = _factor(dr[gate].to(w_hh.dtype.element_ty), PRECISION)
                 product = tl.dot(held[gate], operand, product, input_precision=PRECISION)
             ds = _add(ds, product, 0, STATES)
             if reset is not None:
@@ -535,7 +556,7 @@ def gather_before(
     b = tl.program_id(0) % tiles * BB + tl.arange(0, BB)
     u = tl.program_id(1) * BU + tl.arange(0, BU)
     g = tl.program_id(2).to(tl.int64)
-    backward = ((backwards >> tl.program_id(2)) & 1).to(tl.int32)
+    backward = _goes_backwards(backwards)
     length = _lengths(b, T, B, lengths)
     active = t < length
     t_before = t - 1 + 2 * backward

@@ -57,6 +57,7 @@ _ROWS = 16  # of the narrowest tile; fewer would save little, and be one more ke
 # Units and rows of a grid's tiles: the smallest that are all resident spread the work best. From
 # the fourth on, LSTM's kernels spill about 100 bytes a thread, which is still the lesser evil.
 _TILES = ((16, 16), (32, 16), (16, 32), (64, 16), (32, 32), (16, 64), (64, 32), (64, 64))
+_SPARE = 8 << 10  # bytes of shared memory, twice what kernels take beside weights and operands
 Regime = Callable[[Scan, Limits], "Plan | str"]
 
 
@@ -66,17 +67,20 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 def whole(scan: Scan, limits: Limits) -> Plan | str:
     """One program a tile of the batch runs the sequence alone, with all of W_hh on chip."""
-    units = power_of_two(scan.H, 16)
+    units, rows = power_of_two(scan.H, 16), _ROWS
     needed = scan.cell.gates * units * units * scan.dtype.itemsize
-    room = _room(limits, units)
+    # Backward, those of all gates and dh change layout at once.
+    tile = (scan.cell.gates + 1) * units * scan.dtype.itemsize
+    room = _room(limits, units, rows * tile)
     if needed > room:
         return f"W_hh takes {needed} bytes of the {room} that a program can hold"
     if limits.kind == "hip" and units > 128:
         return f"tiles of {units} units take more shared memory than there is"
     if scan.exact and units > 32:
         return "exact float32 products of more than 32 units leave a program too few registers"
-    rows = _ROWS
     while rows < 64 and _ceil(scan.B, rows) * scan.G > limits.processors:
+        if needed > _room(limits, units, 2 * rows * tile):
+            break
         rows *= 2
     warps = 8 if units > 64 else 4
     tiles = _ceil(scan.B, rows)
@@ -153,16 +157,17 @@ def _is_resident(plan: Plan, scan: Scan, limits: Limits) -> bool:
 def _fits(plan: Plan, scan: Scan, limits: Limits) -> bool:
     if scan.exact:
         return False  # the compiler unrolls ordinary products with tiles that are held, for minutes
-    weights = scan.cell.gates * plan.BU * plan.chunks * plan.BK * scan.dtype.itemsize
-    return weights <= _room(limits, plan.BU)
+    size = scan.dtype.itemsize
+    weights = scan.cell.gates * plan.BU * plan.chunks * plan.BK * size
+    return weights <= _room(limits, plan.BU, plan.BK * plan.BB * size + _SPARE)
 
 
-def _room(limits: Limits, units: int) -> int:
+def _room(limits: Limits, units: int, tiles: int) -> int:
     """Bytes of W_hh that one program can hold: in shared memory beside the tiles that change layout
     there, on AMD in half of its registers, where narrow tiles lie once in each wave."""
     if limits.kind == "hip":
         return (128 if units > 64 else 64) << 10
-    return limits.shared - (24 << 10)
+    return limits.shared - max(tiles, 24 << 10)
 
 
 def _ceil(n: int, unit: int) -> int:

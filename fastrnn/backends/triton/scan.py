@@ -31,9 +31,7 @@ def limits(device: torch.device) -> plan.Limits:
 
 
 def _allows_tf32() -> bool:
-    settings = torch.backends.cuda.matmul
-    precision = getattr(settings, "fp32_precision", None)  # torch >= 2.9
-    return bool(settings.allow_tf32) if precision is None else precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -178,7 +176,7 @@ class Layer:
 
     def states_before(self, y: Tensor) -> Tensor:
         """h that every step started from: [N, G, H]."""
-        units, rows = min(plan.power_of_two(self.H), 128), min(plan.power_of_two(self.B), 16)
+        units, rows = min(plan.power_of_two(self.H), 128), 16
         before = self.x.new_empty((self.N, self.G, self.H))
         h0 = self.inputs.h0
         tiles = (self.T * triton.cdiv(self.B, rows), triton.cdiv(self.H, units), self.G)
