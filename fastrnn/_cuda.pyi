@@ -10,7 +10,12 @@ max_groups: int
 
 class Limits:
     def __init__(
-        self, capability: int, multiprocessors: int, shared_bytes: int, cluster: int
+        self,
+        capability: int,
+        multiprocessors: int,
+        shared_bytes: int,
+        cluster: int,
+        at_once: Sequence[int] = ...,
     ) -> None: ...
     @property
     def capability(self) -> int: ...
@@ -20,6 +25,8 @@ class Limits:
     def shared_bytes(self) -> int: ...
     @property
     def cluster(self) -> int: ...
+    @property
+    def at_once(self) -> list[int]: ...
 
 class Plan:
     @property

@@ -103,6 +103,19 @@ def test_clusters_hold_what_they_can() -> None:
                 assert plan.tier == ("cluster" if hidden <= most else "grid"), (precision, hidden)
 
 
+def test_no_more_clusters_than_run_at_once() -> None:
+    """Where clusters of 16 leave multiprocessors over, one more would be a second wave."""
+    at_once = [0] * 16 + [7]
+    limits = _cuda.Limits(90, 132, 232448, 16, at_once)
+    assert limits.at_once == at_once
+    for backward in (False, True):
+        plan = _cuda.plan(0, 2, 512, 64, 512, 2, backward, limits)
+        assert plan.tier != "cluster" or plan.slices != 16 or 2 * plan.replicas <= 7
+    spread = _cuda.plan(0, 2, 512, 64, 512, 1, False, CHIPS["H100"])
+    assert (spread.slices, spread.replicas) == (16, 8)
+    assert _cuda.plan(0, 2, 512, 64, 512, 1, False, limits).replicas <= 7
+
+
 def test_old_devices_and_odd_requests_get_a_reason() -> None:
     with pytest.raises(ValueError, match="compute capability"):
         _cuda.plan(0, 2, 5, 1, 64, 1, False, _cuda.Limits(75, 40, 65536, 0))

@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 import torch
 from emulation.build import load
-from helpers import Case, Truth, make_inputs, run
+from helpers import Case, Truth, make_inputs, run, using
 from test_kernels import poisoned
 from torch import Tensor
 
 import fastrnn
 from fastrnn import backends, functional
-from fastrnn.backends.cuda import Cuda
+from fastrnn.backends import Inputs, Problem
+from fastrnn.backends.cuda import Cuda, _Rows
 from fastrnn.cells import CELLS
+from fastrnn.ops import describe
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BOTH = (False, True)
@@ -194,6 +196,55 @@ def test_tf32_rounds_the_products_and_nothing_else(emulated: Cuda) -> None:
         errors.append((found["y"].double() - exact["y"]).abs().max().item())
     assert errors[0] < 1e-6
     assert 1e-6 < errors[1] < 2**-10
+
+
+def test_compiled_by_torch(emulated: Cuda) -> None:
+    """Dynamo does not look into the extension, and one graph serves other T and B."""
+    torch._dynamo.reset()
+    net = fastrnn.GRU(5, 20)
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend="aot_eager")
+    with using("emulated"):
+        for T, B in ((4, 3), (6, 2)):
+            x = torch.randn(T, B, 5)
+            with torch._dynamo.config.patch(error_on_recompile=T == 6):
+                y, h = compiled(x)
+            y.sum().backward()
+            for ours, expected in zip((y, h), net(x), strict=True):
+                assert torch.equal(ours, expected)
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def _lstm(x: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None) -> tuple[Problem, Inputs]:
+    """A small layer, as backends get it."""
+    weights = [torch.randn(80, x.shape[-1]), torch.randn(80, 20), None, None]
+    inputs = Inputs(x, batch_sizes, lengths, None, (None,) * 4, weights)
+    batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    return describe("lstm", inputs, (False,), batch, False, False), inputs
+
+
+def test_whatever_the_callers_mode(module: ModuleType) -> None:
+    """What is the host's stays there, and can be written to after a first call without autograd."""
+    packed = _lstm(torch.randn(7, 3), torch.tensor([3, 2, 1, 1]), None)
+    backend = Cuda(module, device="cpu")
+    with torch.device("meta"), torch.inference_mode():
+        backend._check_report()
+        rows = _Rows(*packed)
+    assert rows.lengths is not None
+    assert rows.lengths.tolist() == [4, 2, 1]
+    assert backend._report is not None
+    backend._report.fill_(1)
+    with pytest.raises(RuntimeError, match="gave up"):
+        backend._check_report()
+    backend._check_report()
+
+
+def test_lengths_beyond_the_batch_are_cut(emulated: Cuda) -> None:
+    """Nobody looks at lengths that lie on a device."""
+    problem, inputs = _lstm(torch.randn(4, 3, 3), None, torch.tensor([9, -2, 3]))
+    within = inputs._replace(lengths=torch.tensor([4, 0, 3]))
+    ours, expected = (emulated.forward(problem, given, False) for given in (inputs, within))
+    for found, right in zip(ours[:3], expected[:3], strict=True):
+        assert torch.equal(found, right)
 
 
 def test_weights_gradients_of_blocks_of_the_batch(emulated: Cuda) -> None:

@@ -173,12 +173,14 @@ PYBIND11_MODULE(FASTRNN_MODULE, m) {
   m.doc() = "fastrnn's CUDA kernels; see fastrnn/backends/cuda.py.";
   m.attr("max_groups") = kMaxGroups;
   py::class_<Limits>(m, "Limits", py::module_local())
-      .def(py::init<int, int, int64_t, int>(), py::arg("capability"), py::arg("multiprocessors"),
-           py::arg("shared_bytes"), py::arg("cluster"))
+      .def(py::init<int, int, int64_t, int, std::array<int, kMostCluster + 1>>(), py::arg("capability"),
+           py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("cluster"),
+           py::arg("at_once") = std::array<int, kMostCluster + 1>{})
       .def_readonly("capability", &Limits::capability)
       .def_readonly("multiprocessors", &Limits::multiprocessors)
       .def_readonly("shared_bytes", &Limits::shared_bytes)
-      .def_readonly("cluster", &Limits::cluster);
+      .def_readonly("cluster", &Limits::cluster)
+      .def_readonly("at_once", &Limits::at_once);
   py::class_<Call>(m, "Plan", py::module_local())
       .def_property_readonly("tier", [](const Call& c) { return c.plan.tier == Tier::grid ? "grid" : "cluster"; })
       .def_property_readonly("slices", [](const Call& c) { return c.plan.tiling.slices; })

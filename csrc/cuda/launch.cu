@@ -35,11 +35,14 @@ class DeviceGuard {
   int before_ = 0;
 };
 
+int most_shared_bytes(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
+
 // A launch that CUDA refuses if blocks that wait for each other could not run all at once.
 class Together {
  public:
-  Together(const void* kernel, Tier tier, int slices, int64_t shared_bytes) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+  Together(const void* kernel, int device, Tier tier, int slices, int64_t shared_bytes) {
+    // Always all there is: it is the kernel's, not the launch's, and other threads launch it too.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes(device)),
           "shared memory of a fastrnn kernel");
     if (tier == Tier::grid) {
       attribute_.id = cudaLaunchAttributeCooperative;
@@ -73,29 +76,30 @@ template <class Args>
 void launch_all(const Plan& plan, Kernel<Args> kernel, Args& args, int device, void* stream) {
   const DeviceGuard guard(device);
   const auto address = reinterpret_cast<const void*>(kernel);
-  Together together(address, plan.tier, plan.tiling.slices, plan.shared_bytes);
+  Together together(address, device, plan.tier, plan.tiling.slices, plan.shared_bytes);
   for (args.first_group = 0; args.first_group < args.G; args.first_group += plan.groups) {
     const int blocks = plan.blocks(std::min(plan.groups, args.G - args.first_group));
     check(cudaLaunchKernelEx(&together.of(blocks, stream), kernel, args), "launch of a fastrnn kernel");
   }
 }
 
-// The largest cluster of blocks that each have a multiprocessor to themselves, 0 without clusters.
-int largest_cluster(int device, int64_t shared_bytes) {
-  if (!attribute(cudaDevAttrClusterLaunch, device)) return 0;
+// How many clusters run at once, by their size, of blocks that each have a multiprocessor to themselves.
+void find_clusters(Limits& limits, int device) {
+  if (!attribute(cudaDevAttrClusterLaunch, device)) return;
   const DeviceGuard guard(device);
   const auto kernel =
       reinterpret_cast<const void*>(kernels(Precision::f32).forward[0][static_cast<int>(Tier::cluster)]);
-  for (int size = 16; size > 0; size /= 2) {
-    Together together(kernel, Tier::cluster, size, shared_bytes);
+  for (int size = 1; size <= kMostCluster; ++size) {
+    Together together(kernel, device, Tier::cluster, size, limits.shared_bytes);
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &together.of(size, nullptr)) != cudaSuccess) {
       cudaGetLastError();
-    } else if (clusters > 0) {
-      return size;
+      clusters = 0;
     }
+    if (!clusters) return;
+    limits.cluster = size;
+    limits.at_once[size] = clusters;
   }
-  return 0;
 }
 
 }  // namespace
@@ -112,9 +116,13 @@ Limits device_limits(int index) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
   const int minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
   const bool cooperative = attribute(cudaDevAttrCooperativeLaunch, index) != 0;
-  const int64_t shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-  return {10 * major + minor, cooperative ? attribute(cudaDevAttrMultiProcessorCount, index) : 0, shared_bytes,
-          largest_cluster(index, shared_bytes)};
+  Limits limits{10 * major + minor,
+                cooperative ? attribute(cudaDevAttrMultiProcessorCount, index) : 0,
+                most_shared_bytes(index),
+                0,
+                {}};
+  find_clusters(limits, index);
+  return limits;
 }
 
 void launch(const Plan& plan, const Kernel<ForwardArgs>& kernel, ForwardArgs args, int device, void* stream) {

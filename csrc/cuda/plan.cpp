@@ -28,7 +28,8 @@ double cost(const Request& r, const Limits& limits, const Plan& plan) {
   const double operand = static_cast<double>(t.batch_tiles * sizes.operand_vectors() * kVectorBytes);
   const double pass = near / kSharedRate + far / kL2Rate + operand / (grid ? kL2Rate : kSharedRate);
   const int64_t launches = ceil_div(r.G, plan.groups);
-  const int64_t waves = grid ? 1 : ceil_div(plan.blocks(plan.groups), limits.multiprocessors);
+  const int64_t clusters = int64_t{plan.groups} * t.replicas;
+  const int64_t waves = grid ? 1 : ceil_div(clusters, std::max(1, limits.clusters_at_once(t.slices)));
   const double step =
       (grid ? kGridHandOff : kClusterHandOff) + static_cast<double>(ceil_div(passes_of(r, t), t.replicas)) * pass;
   return static_cast<double>(launches * waves) * step;
@@ -83,7 +84,8 @@ std::optional<Plan> cluster_plan(const Request& r, const Limits& limits, int uni
   plan.groups = r.G;
   Tiling& t = plan.tiling;
   t.resident_chunks = static_cast<int>(sizes.chunks());
-  const int64_t passes = passes_of(r, t), at_once = std::max<int64_t>(1, limits.multiprocessors / (r.G * slices));
+  const int64_t passes = passes_of(r, t);
+  const int64_t at_once = std::max(1, limits.clusters_at_once(t.slices) / r.G);
   for (const int64_t replicas : {std::min(passes, at_once), passes}) {
     if (replicas * r.G * slices > std::numeric_limits<int32_t>::max()) return std::nullopt;
     t.replicas = static_cast<int>(replicas);

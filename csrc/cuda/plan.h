@@ -1,6 +1,7 @@
 // Which blocks do what: a pure function of the sizes and the device's limits, so that equal calls give equal bits.
 #pragma once
 
+#include <array>
 #include <string>
 #include <variant>
 
@@ -8,11 +9,21 @@
 
 namespace fastrnn::cuda {
 
+inline constexpr int kMostCluster = 16;
+
 struct Limits {
   int capability;        // 90 for 9.0
   int multiprocessors;   // that a launch may count on
   int64_t shared_bytes;  // of one block
   int cluster;           // the most blocks of one, 0 without clusters
+  // Clusters of so many blocks that run at once; each lies within a part of the device, so that some multiprocessors
+  // may be left over. 0 where that is not known.
+  std::array<int, kMostCluster + 1> at_once{};
+
+  int clusters_at_once(int blocks) const {
+    const int known = blocks <= kMostCluster ? at_once[blocks] : 0;
+    return known ? known : multiprocessors / blocks;
+  }
 };
 
 struct Request {

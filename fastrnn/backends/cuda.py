@@ -35,10 +35,7 @@ _POLL_LIMIT = 1 << 24
 
 def _allows_tf32() -> bool:
     """Whether torch would let cuDNN's recurrent layers use TF32."""
-    rnn = getattr(torch.backends.cudnn, "rnn", None)  # torch >= 2.9
-    if rnn is None:
-        return torch.backends.cudnn.allow_tf32
-    return bool(rnn.fp32_precision == "tf32")
+    return bool(torch.backends.cudnn.rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -53,16 +50,18 @@ class _Rows:
         x, sizes, device = inputs.x, inputs.batch_sizes, problem.device
         self.lengths, self.alive, self.offsets = inputs.lengths, None, None
         if sizes is not None:
-            steps, columns = torch.arange(problem.T), torch.arange(problem.B)
+            steps = torch.arange(problem.T, device="cpu")
             self._step = steps.repeat_interleave(sizes)  # [N]
             self._first = sizes.cumsum(0) - sizes
-            self._column = torch.arange(len(self._step)) - self._first[self._step]
-            ends = torch.bincount(self._column, minlength=len(columns))
+            self._column = torch.arange(x.shape[0], device="cpu") - self._first[self._step]
+            ends = torch.bincount(self._column, minlength=problem.B)
             self.lengths = ends.to(device, non_blocking=True)
             self.offsets = self._first.to(device, non_blocking=True)
             self.x = x
             return
         if self.lengths is not None:
+            # Nobody has looked at values on the device; a kernel would read past the batch's end.
+            self.lengths = self.lengths.clamp(0, problem.T)
             steps = torch.arange(problem.T, device=device)
             self.alive = steps[:, None] < self.lengths  # [T, B]
             x = x.masked_fill(~self.alive.unsqueeze(-1), 0)  # padding may be NaN
@@ -169,14 +168,33 @@ class Cuda:
             return "the kernels take the weights of each group apart"
         if problem.B == 0:
             return "an empty batch leaves the kernels nothing to do"
+        # What is compiled serves other T and B too; any there may be has a plan where one has.
+        steps = (1, 1) if torch.compiler.is_compiling() else (problem.T, problem.B)
+        sizes = (*steps, problem.H, problem.G)
+        return self._unplanned(
+            problem.cell.name, problem.dtype, sizes, problem.grad, problem.device
+        )
+
+    def _unplanned(
+        self,
+        cell: str,
+        dtype: torch.dtype,
+        sizes: tuple[int, int, int, int],
+        grad: bool,
+        device: torch.device,
+    ) -> str | None:
+        """Why there is no plan on this machine, if there is none."""
         unavailable = self._module.unavailable()
         if unavailable:
             return str(unavailable)
-        for backward in (False, True)[: 1 + problem.grad]:
-            plan = self._plan_for(problem, backward)
+        for backward in (False, True)[: 1 + grad]:
+            plan = self._plan_for(cell, dtype, sizes, backward, device)
             if isinstance(plan, str):
                 return plan
         return None
+
+    # Dynamo takes it for a constant (see fastrnn.backends.asked).
+    _unplanned._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
         """Shapes of what forward saves: post-activation gates, and cell states where there are."""
@@ -258,8 +276,11 @@ class Cuda:
         backward: bool,
     ) -> None:
         self._check_report()
-        plan = self._plan_for(problem, backward)
         device = problem.device
+        sizes = (problem.T, problem.B, problem.H, problem.G)
+        plan = self._plan_for(problem.cell.name, problem.dtype, sizes, backward, device)
+        if isinstance(plan, str):
+            raise RuntimeError(f"fastrnn backend {self.name!r} cannot serve this call: {plan}")
         one_state = problem.cell.states == 1
         h0, c0, h_reset, c_reset = inputs.states
         tensors = tensors | {
@@ -295,7 +316,8 @@ class Cuda:
         """Raise if kernels of an earlier call gave up; they tell the host by themselves."""
         if self._report is None:
             pinned = self._device == "cuda"
-            self._report = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
+            with torch.inference_mode(False):  # whatever the caller's: later calls write to it
+                self._report = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=pinned)
         if int(self._report):
             self._report.zero_()
             raise RuntimeError(
@@ -303,12 +325,17 @@ class Cuda:
                 "and left NaN in its results"
             )
 
-    def _plan_for(self, problem: Problem, backward: bool) -> Any:
-        """The extension's plan, or the reason why there is none."""
-        precision = _PRECISIONS.get(problem.dtype, _TF32 if _allows_tf32() else _F32)
-        cell, device = self._cells[problem.cell.name][0], problem.device.index or 0
-        sizes = (problem.T, problem.B, problem.H, problem.G)
-        return self._plan(cell, precision, *sizes, backward, device)
+    def _plan_for(
+        self,
+        cell: str,
+        dtype: torch.dtype,
+        sizes: tuple[int, int, int, int],
+        backward: bool,
+        device: torch.device,
+    ) -> Any:
+        """The extension's plan, or the reason why there is none; `sizes` are T, B, H and G."""
+        precision = _PRECISIONS.get(dtype, _TF32 if _allows_tf32() else _F32)
+        return self._plan(self._cells[cell][0], precision, *sizes, backward, device.index or 0)
 
     def _find_plan(self, *arguments: Any) -> Any:
         *request, device = arguments

@@ -25,7 +25,7 @@ void launch_all(const Plan& plan, Kernel<Args> kernel, Args& args) {
 }  // namespace
 
 std::string unavailable() { return ""; }
-Limits device_limits(int) { return {90, 12, 232448, 8}; }
+Limits device_limits(int) { return {90, 12, 232448, 8, {}}; }
 
 void launch(const Plan& plan, const Kernel<ForwardArgs>& kernel, ForwardArgs args, int, void*) {
   launch_all(plan, kernel, args);
