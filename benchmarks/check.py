@@ -25,15 +25,16 @@ def error(value: Tensor, reference: Tensor) -> float:
     return float((value.to(reference.dtype) - reference).abs().max() / scale)
 
 
-def floor(shape: Sequence[int], dtype: torch.dtype) -> float:
+def floor(shape: Sequence[int], dtype: torch.dtype, eps: float | None = None) -> float:
     """The error that even a right result may have where torch's own is, by luck, nothing.
 
     Rounding the result to its dtype costs half an epsilon. The longest sum, over a gate's inputs
     or over all rows of a weight's gradient, accumulates as many roundings in float32, and
-    independent roundings grow with the square root of their number.
+    independent roundings grow with the square root of their number. `eps` is that of the dtype,
+    unless products may round their factors further.
     """
     T, B, I, H = shape
-    unit = torch.finfo(dtype).eps / 2
+    unit = (eps or torch.finfo(dtype).eps) / 2
     return unit + math.sqrt(max(I + H, T * B)) * torch.finfo(torch.float32).eps / 2
 
 
