@@ -168,12 +168,11 @@ class Cuda:
             return "the kernels take the weights of each group apart"
         if problem.B == 0:
             return "an empty batch leaves the kernels nothing to do"
-        # What is compiled serves other T and B too; any there may be has a plan where one has.
+        # What is compiled serves other T and B too, which have a plan where a small one has.
         steps = (1, 1) if torch.compiler.is_compiling() else (problem.T, problem.B)
         sizes = (*steps, problem.H, problem.G)
-        return self._unplanned(
-            problem.cell.name, problem.dtype, sizes, problem.grad, problem.device
-        )
+        cell, dtype, device = problem.cell.name, problem.dtype, problem.device
+        return self._unplanned(cell, dtype, sizes, problem.grad, device)
 
     def _unplanned(
         self,
