@@ -33,7 +33,7 @@ from torch.nn.functional import linear
 import fastrnn
 from benchmarks import machine
 from benchmarks.cases import Results
-from benchmarks.check import WrongResultError, compare, floor
+from benchmarks.check import compare, floor
 from benchmarks.results import FOLDER
 from fastrnn.backends import BACKENDS
 from fastrnn.cells import CELLS
@@ -144,14 +144,16 @@ class Setup:
         name, _, nonlinearity = case.cell.partition("_")
         options: dict[str, Any] = {"nonlinearity": nonlinearity} if nonlinearity else {}
         dtype = DTYPES[case.dtype]
+        # cuDNN takes bfloat16, but torch leaves its weights apart, to be copied in every call.
+        torch.backends.cudnn.CUDNN_TENSOR_DTYPES.add(dtype)
         self.theirs: nn.RNNBase = getattr(nn, name.upper())(H, H, **options).to("cuda", dtype)
         self.ours: nn.RNNBase = getattr(fastrnn, name.upper())(H, H, **options).to("cuda", dtype)
         self.ours.load_state_dict(self.theirs.state_dict())
         self.inputs = [
-            torch.randn(T, B, H, device="cuda").to(dtype).requires_grad_(self.training)
+            torch.randn(T, B, H).to("cuda", dtype).requires_grad_(self.training)
             for _ in range(INPUTS)
         ]
-        self.dy = torch.randn(T, B, H, device="cuda").to(dtype)
+        self.dy = torch.randn(T, B, H).to("cuda", dtype)
 
     def runs(self) -> dict[str, tuple[nn.RNNBase, Run]]:
         """By name: whose weights a subject reads, and the subject."""
@@ -219,27 +221,34 @@ class Setup:
         theirs = self.results(self.theirs, self.theirs, dtype)
         least = floor((T, B, H, H), dtype, TF32_EPS if self.case.dtype == "tf32" else None)
         for name in own_backends():
-            with fastrnn.backend(name):
+            with fastrnn.backend(name), torch.set_grad_enabled(self.training):
                 reason = fastrnn.explain(self.ours, self.inputs[0])[0].refusals.get(name)
             if reason is not None:
                 row.absent[name] = reason
                 continue
-            ours = self.results(self.ours, self._forced(name), dtype)
             try:
+                ours = self.results(self.ours, self._forced(name), dtype)
                 used = compare(ours, theirs, exact, least)
-            except WrongResultError as failure:
-                row.wrong[name] = str(failure)
+            except Exception as failure:  # whatever it is, the table goes on
+                row.wrong[name] = reason_of(failure)
             else:
                 row.error_share[name] = max(used.values())
 
 
+def reason_of(failure: Exception) -> str:
+    """Its first line. A device that does not work any more raises here, as nothing else can run."""
+    torch.cuda.synchronize()
+    return f"{type(failure).__name__}: {failure}".splitlines()[0]
+
+
 def captured(call: Callable[[], None]) -> Callable[[], None] | None:
     """The call as a graph's replay, None where it cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             call()
-    except RuntimeError:
+    except Exception:
+        torch.cuda.set_stream(stream)  # which a broken capture does not do
         torch.cuda.synchronize()
         return None
     return graph.replay
@@ -286,7 +295,11 @@ def measure(case: Case, seconds: float, opponents: Sequence[str]) -> Row:
             if (ours and name not in row.error_share) or (not ours and name not in opponents):
                 continue
             call = setup.call(layer, run)
-            warmed_up(call)
+            try:
+                warmed_up(call)
+            except Exception as failure:
+                row.absent[name] = reason_of(failure)
+                continue
             replay = captured(call)
             row.captured[name] = replay is not None
             subjects[name] = replay or call

@@ -55,6 +55,8 @@ def _exchange(module: M, classes: dict[type, type]) -> M:
         new = _counterpart(layer, classes)
         if new is not None:
             layer.__class__ = new
+            if isinstance(layer, nn.RNNBase):
+                layer.flatten_parameters()  # for cuDNN, if it is torch's now
     return module
 
 

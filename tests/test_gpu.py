@@ -171,7 +171,7 @@ def test_same_bits_on_repeat_runs(backend: str, cell: str, case: Case, name: str
 @pytest.mark.parametrize("H", [64, 270])
 @on_each
 def test_on_a_stream_of_ones_own(backend: str, H: int) -> None:
-    net, x = layer("LSTM", 5, H), torch.randn(30, 9, 5, device="cuda")
+    net, x = layer("LSTM", 5, H), torch.randn(30, 9, 5).to("cuda")
     with using(backend), torch.no_grad():
         expected, _ = net(x)
         stream = torch.cuda.Stream()
@@ -188,7 +188,7 @@ def test_on_a_stream_of_ones_own(backend: str, H: int) -> None:
 def test_cuda_graph(backend: str, kind: str, H: int) -> None:
     """A captured training step gives on new inputs what an eager one gives."""
     net = layer(kind, 5, H)
-    x = torch.randn(20, 9, 5, device="cuda", requires_grad=True)
+    x = torch.randn(20, 9, 5).to("cuda").requires_grad_()
     wanted = [x, *net.parameters()]
 
     def step() -> tuple[Tensor, ...]:
@@ -206,7 +206,7 @@ def test_cuda_graph(backend: str, kind: str, H: int) -> None:
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        x.copy_(torch.randn_like(x))
+        x.copy_(torch.randn(x.shape))
     graph.replay()
     for ours, expected in zip(captured, step(), strict=True):
         assert torch.equal(ours, expected)
@@ -231,7 +231,7 @@ def test_triton_compiles_once_for_all_lengths_and_batches(cell: str) -> None:
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @on_each
 def test_compiled_by_torch(backend: str, kind: str) -> None:
-    net, x = layer(kind, 5, 40), torch.randn(12, 3, 5, device="cuda")
+    net, x = layer(kind, 5, 40), torch.randn(12, 3, 5).to("cuda")
     with using(backend):
         expected, _ = net(x)
         compiled = torch.compile(net, fullgraph=True)
@@ -243,7 +243,7 @@ def test_compiled_by_torch(backend: str, kind: str) -> None:
 
 @on_each
 def test_more_steps_than_16_bits_count(backend: str) -> None:
-    net, x = layer("GRU", 2, 16), torch.randn(70_000, 1, 2, device="cuda")
+    net, x = layer("GRU", 2, 16), torch.randn(70_000, 1, 2).to("cuda")
 
     def by_parts(parts: int) -> list[Tensor]:
         state, outputs = None, []
@@ -265,7 +265,7 @@ def test_offsets_beyond_32_bits(backend: str) -> None:
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
         pytest.skip("takes a GPU with 40 GB of memory")
     net = layer("LSTM", 1, H).half()
-    x = torch.randn(T, B, 1, device="cuda", dtype=torch.float16)
+    x = torch.randn(T, B, 1).to("cuda", torch.float16)
     with using(backend), torch.no_grad():
         y, (h_n, c_n) = net(x)
         second, ends = net(x[:, B // 2 :])
@@ -276,7 +276,7 @@ def test_offsets_beyond_32_bits(backend: str) -> None:
 
 @on_each
 def test_explained(backend: str) -> None:
-    net, x = layer("LSTM", 5, 40), torch.randn(12, 3, 5, device="cuda")
+    net, x = layer("LSTM", 5, 40), torch.randn(12, 3, 5).to("cuda")
     with fastrnn.backend(backend):
         (found,) = fastrnn.explain(net, x)
     assert found.serves == backend or backend in found.refusals
@@ -301,7 +301,7 @@ def test_another_device_than_the_current_one(backend: str) -> None:
 @on_each
 def test_lengths_do_not_synchronize(backend: str) -> None:
     net = layer("LSTM", 5, 40)
-    x = torch.randn(12, 3, 5, device="cuda")
+    x = torch.randn(12, 3, 5).to("cuda")
     lengths = torch.tensor([12, 0, 5], device="cuda")
     with using(backend), torch.no_grad():
         weights = [*net.parameters()]

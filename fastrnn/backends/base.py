@@ -187,3 +187,11 @@ class Prepares(Protocol):
         """A forward pass without gradients over these very tensors, all contiguous, to be called
         any number of times: it reads what they hold then. The last states may be the initial ones,
         which it overwrites."""
+
+
+def unpacked(batch_sizes: Tensor, B: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each batch row's length, and each step's first row, from the rows that a step has; on the
+    device, which nobody waits for."""
+    sizes = batch_sizes.to(device, non_blocking=True)
+    lengths = torch.searchsorted(-sizes, -torch.arange(B, device=device))  # sizes never increase
+    return lengths, sizes.cumsum(0) - sizes

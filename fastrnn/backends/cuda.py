@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import UNVALIDATED, Grads, Inputs, Outputs, Problem, SavedShape
+from .base import UNVALIDATED, Grads, Inputs, Outputs, Problem, SavedShape, unpacked
 
 try:
     from .. import _cuda as _extension
@@ -50,13 +50,7 @@ class _Rows:
         x, sizes, device = inputs.x, inputs.batch_sizes, problem.device
         self.lengths, self.alive, self.offsets = inputs.lengths, None, None
         if sizes is not None:
-            steps = torch.arange(problem.T, device="cpu")
-            self._step = steps.repeat_interleave(sizes)  # [N]
-            self._first = sizes.cumsum(0) - sizes
-            self._column = torch.arange(x.shape[0], device="cpu") - self._first[self._step]
-            ends = torch.bincount(self._column, minlength=problem.B)
-            self.lengths = ends.to(device, non_blocking=True)
-            self.offsets = self._first.to(device, non_blocking=True)
+            self.lengths, self.offsets = unpacked(sizes, problem.B, device)
             self.x = x
             return
         if self.lengths is not None:
@@ -121,14 +115,15 @@ class _Rows:
 
     def _packed_before(self, backwards: bool) -> Tensor:
         """Index of the row before, in [N + B], where those past N are the initial states."""
-        N, sizes = self.count, self.inputs.batch_sizes
-        assert sizes is not None
-        before = self._step + (1 if backwards else -1)
-        inside = (before >= 0) & (before < len(sizes))
-        at = before.clamp(0, len(sizes) - 1)
-        inside &= self._column < sizes[at]
-        index = torch.where(inside, self._first[at] + self._column, N + self._column)
-        return index.to(self.problem.device, non_blocking=True)
+        N, T, device = self.count, self.problem.T, self.problem.device
+        assert self.lengths is not None
+        assert self.offsets is not None
+        rows = torch.arange(N, device=device)
+        step = torch.searchsorted(self.offsets, rows, right=True) - 1
+        column = rows - self.offsets[step]
+        before = step + (1 if backwards else -1)
+        inside = (before >= 0) & (before < self.lengths[column])
+        return torch.where(inside, self.offsets[before.clamp(0, T - 1)] + column, N + column)
 
 
 class Cuda:

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..base import Grads, Inputs, Outputs, Problem
+from ..base import Grads, Inputs, Outputs, Problem, unpacked
 from . import kernels, plan
 from .cells import TWINS
 
@@ -56,7 +56,7 @@ class Layer:
             # Nobody has looked at values on the device; a kernel would read past the batch's end.
             self.lengths = self.lengths.clamp(0, self.T)
         if inputs.batch_sizes is not None:
-            self.lengths, self.offsets = _unpacked(inputs.batch_sizes, self.B, self.x.device)
+            self.lengths, self.offsets = unpacked(inputs.batch_sizes, self.B, self.x.device)
         self.reset = None
         if inputs.reset is not None:
             self.reset = inputs.reset.contiguous().view(torch.uint8)
@@ -319,10 +319,3 @@ def _both(h: Tensor | None, c: Tensor | None, states: int) -> tuple[Tensor | Non
         return None, None
     filled = [torch.zeros_like(known) if s is None else s for s in given]
     return filled[0], filled[1] if states > 1 else None
-
-
-def _unpacked(batch_sizes: Tensor, B: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Each batch row's length, and each step's first row, from the rows that a step has."""
-    sizes = batch_sizes.to(device, non_blocking=True)
-    lengths = torch.searchsorted(-sizes, -torch.arange(B, device=device))  # sizes never increase
-    return lengths, sizes.cumsum(0) - sizes
