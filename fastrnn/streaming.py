@@ -58,7 +58,7 @@ class Stream:
         widths = (layer.proj_size or layer.hidden_size, layer.hidden_size)
         shapes = [(layer.num_layers, batch_size or 1, width) for width in widths]
         self._shapes = shapes[: CELLS[layer._cell].states]
-        zeros = tuple(torch.zeros(shape) for shape in self._shapes)
+        zeros = tuple(torch.zeros(shape, device="cpu") for shape in self._shapes)
         self._first = zeros if hx is None else self._given(hx)
         self._carried = self._first
         self.refresh()

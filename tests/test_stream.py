@@ -235,3 +235,10 @@ def test_weights_that_are_negated_views() -> None:
     for name, weight in list(layer.named_parameters()):
         setattr(layer, name, nn.Parameter(torch._neg_view(-weight.detach())))
     torch.testing.assert_close(fastrnn.stream(layer)(x), expected)
+
+
+def test_made_under_another_default_device() -> None:
+    layer, x = fastrnn.LSTM(4, 6), torch.randn(2, 4)
+    with torch.device("meta"):
+        step = fastrnn.stream(layer, 2)
+    assert torch.equal(step(x), fastrnn.stream(layer, 2)(x))
