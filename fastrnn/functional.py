@@ -80,6 +80,9 @@ def stack(
             reset_states=reset_hx, all_states=all_states, recompute=recompute, check=check,
         )  # fmt: skip
     groups, layers = len(reverse), len(weights)
+    if lengths is not None or reset is not None:  # moved to x's device once for all layers
+        _check_input(x, batch_sizes)
+        lengths, reset = _check_steps(x, batch_sizes, lengths, reset)
     ends: list[States] = []
     c = None
     for k in range(layers):

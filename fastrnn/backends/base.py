@@ -195,3 +195,19 @@ def unpacked(batch_sizes: Tensor, B: int, device: torch.device) -> tuple[Tensor,
     sizes = batch_sizes.to(device, non_blocking=True)
     lengths = torch.searchsorted(-sizes, -torch.arange(B, device=device))  # sizes never increase
     return lengths, sizes.cumsum(0) - sizes
+
+
+def bias_gradients(
+    cell: Cell,
+    total: Callable[[Tensor], Tensor],
+    dgates: tuple[Tensor, Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of b_ih and b_hh, each the `total` of its own dgates; where both share them it is
+    taken once."""
+    db_ih = total(dgates[0]) if needs[0] else None
+    if not needs[1]:
+        return db_ih, None
+    if db_ih is not None and cell.shared_dgates:
+        return db_ih, db_ih.clone()
+    return db_ih, total(dgates[1])

@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import UNVALIDATED, Grads, Inputs, Outputs, Problem, SavedShape, unpacked
+from .base import (
+    UNVALIDATED,
+    Grads,
+    Inputs,
+    Outputs,
+    Problem,
+    SavedShape,
+    bias_gradients,
+    unpacked,
+)
 
 try:
     from .. import _cuda as _extension
@@ -115,15 +124,21 @@ class _Rows:
 
     def _packed_before(self, backwards: bool) -> Tensor:
         """Index of the row before, in [N + B], where those past N are the initial states."""
-        N, T, device = self.count, self.problem.T, self.problem.device
         assert self.lengths is not None
         assert self.offsets is not None
-        rows = torch.arange(N, device=device)
-        step = torch.searchsorted(self.offsets, rows, right=True) - 1
-        column = rows - self.offsets[step]
+        step, column = self._places
         before = step + (1 if backwards else -1)
         inside = (before >= 0) & (before < self.lengths[column])
-        return torch.where(inside, self.offsets[before.clamp(0, T - 1)] + column, N + column)
+        last = self.problem.T - 1
+        return torch.where(inside, self.offsets[before.clamp(0, last)], self.count) + column
+
+    @functools.cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The step and the batch row of each packed row, [N] twice."""
+        assert self.offsets is not None
+        rows = torch.arange(self.count, device=self.problem.device)
+        step = torch.searchsorted(self.offsets, rows, right=True) - 1
+        return step, rows - self.offsets[step]
 
 
 class Cuda:
@@ -370,6 +385,9 @@ def _weight_gradients(
     def product(dgates: Tensor, factor: Tensor) -> Tensor:
         return blocks(dgates).mT @ blocks(factor)
 
+    def total(dgates: Tensor) -> Tensor:
+        return blocks(dgates).sum(1)
+
     found: list[Tensor | None] = []
     for g in range(problem.G):
         dx, dr = sources[0][g], sources[1][g]
@@ -377,8 +395,7 @@ def _weight_gradients(
         group = [
             product(dx, rows.input(g)) if w_ih else None,
             product(dr, rows.h_before(g, y)) if w_hh else None,
-            blocks(dx).sum(1) if b_ih else None,
-            blocks(dr).sum(1) if b_hh else None,
+            *bias_gradients(problem.cell, total, (dx, dr), (b_ih, b_hh)),
         ]
         found += [d if d is None or samples > 1 else d[0] for d in group]
     return found

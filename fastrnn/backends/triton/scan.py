@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..base import Grads, Inputs, Outputs, Problem, unpacked
+from ..base import Grads, Inputs, Outputs, Problem, bias_gradients, unpacked
 from . import kernels, plan
 from .cells import TWINS
 
@@ -270,7 +270,7 @@ def _weight_gradients(
     samples: int,
 ) -> list[Tensor | None]:
     """Gradients of one group's w_ih, w_hh, b_ih and b_hh, from matrices of N rows."""
-    need_w_ih, need_w_hh, need_b_ih, need_b_hh = needs
+    need_w_ih, need_w_hh, *_ = needs
 
     def product(dgates: Tensor, read: Tensor | None) -> Tensor:
         assert read is not None
@@ -284,8 +284,7 @@ def _weight_gradients(
     return [
         product(dgates_x, x) if need_w_ih else None,
         product(dgates_h, h_before) if need_w_hh else None,
-        total(dgates_x) if need_b_ih else None,
-        total(dgates_h) if need_b_hh else None,
+        *bias_gradients(layer.problem.cell, total, (dgates_x, dgates_h), needs[2:]),
     ]
 
 
