@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -20,3 +21,18 @@ def _seeded() -> Iterator[None]:
     yield
     assert torch.is_grad_enabled()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _device_survived(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a kernel that faulted, all that its process asks of the device fails. It ends where
+    pytest-xdist puts another in its place, so that no test fails for what an earlier one did."""
+    yield
+    if request.node.get_closest_marker("gpu") is None or "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        sys.stderr.write(f"{request.node.nodeid} left the device unusable: {error}\n")
+        sys.stderr.flush()
+        os._exit(1)

@@ -437,7 +437,7 @@ def call(module: nn.Module, x: Any, hx: Any, dtype: torch.dtype) -> Named:
     module = copy.deepcopy(module).to(dtype)
     module.zero_grad()
     named = outputs_of(module(given, again))
-    grads = [torch.randn(o.shape, generator=generator).to(dtype) for o in named.values()]
+    grads = [torch.randn(o.shape, generator=generator).to(o) for o in named.values()]
     torch.autograd.backward(list(named.values()), grads)
     found = {k: v.detach() for k, v in named.items()}
     leaves = {"x": data} | {f"state{k}": s for k, s in enumerate(states)}
