@@ -72,15 +72,13 @@ __global__ void __launch_bounds__(kThreads, 1) barrier_of_cluster(Memory*) {
   for (int step = 0; step < kSteps; ++step) cluster_barrier();
 }
 
-__device__ void store_asynchronously(Vector* mine, int rank, const Vector& v, Barrier* barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                   in_block(mine, rank)),
-               "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "r"(in_block(barrier, rank))
+__device__ void store_synchronously(Vector* mine, int rank, const Vector& v) {
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(in_block(mine, rank)), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
                : "memory");
 }
-__device__ void expect_bytes(Barrier* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(in_shared(barrier)), "r"(bytes)
-               : "memory");
+__device__ void arrive_at_block(Barrier* mine, int rank) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(in_block(mine, rank)) : "memory");
 }
 
 template <bool asynchronous>
@@ -103,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 1) through_shared_memory(Memory* mem
       if (asynchronous && lane == 0) expect_bytes(barrier, static_cast<uint32_t>(blocks * 32 * sizeof(Vector)));
       for (int i = 0; i < blocks; ++i) {
         const int rank = (block_index() + i) % blocks;
-        asynchronous ? store_asynchronously(mine, rank, value, barrier) : store_to_block(mine, rank, value);
+        asynchronous ? store_to_block(mine, rank, value, barrier) : store_synchronously(mine, rank, value);
       }
       warp_barrier();
       if (!asynchronous && lane < blocks) arrive_at_block(barrier, lane);

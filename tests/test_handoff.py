@@ -6,7 +6,8 @@ A block's step, for operand number o: wait until all blocks have published o; re
 o % 2; (all its warps have read); write its part of operand o + 1 into buffer (o + 1) % 2; publish.
 Reading and writing go part by part, each a step that others may come between. In a grid there is
 one copy of the buffers, with a flag for each block that counts what it published; in a cluster each
-block has a copy, with a barrier for each buffer that knows the parity of its phase.
+block has a copy, with a barrier for each buffer that knows the parity of its phase, which ends when
+its block has told it what to expect and all parts have come, in either order.
 """
 
 from __future__ import annotations
@@ -78,23 +79,29 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """A state: the blocks; of each block and buffer its barrier, (arrivals of this phase, phase);
-    and of each block the operand number in each part of each of its buffers."""
+    """A state: the blocks; of each block and buffer its barrier, (whether it has been told what to
+    expect, the parts that have come, phase); and of each block the operand number in each part of
+    each of its buffers."""
 
     blocks: int
     steps: int
     buffers: int = 2
     wait: bool = True
-    arrive_after_write: bool = True
-    missing: int = 0  # arrivals that a barrier does not ask for
+    expect: bool = True  # again after each phase
+    data_with_news: bool = True  # a part is there when the barrier hears of it
+    missing: int = 0  # parts that a barrier does not ask for
 
     def start(self) -> State:
         n, buffers = self.blocks, self.buffers
         return (
             ((-1, "send", 0),) * n,
-            (((0, 0),) * buffers,) * n,
+            (((True, 0, 0),) * buffers,) * n,
             (((-1,) * n,) * buffers,) * n,
         )
+
+    def settled(self, told: bool, came: int, phase: int) -> tuple[bool, int, int]:
+        done = told and came == self.blocks - self.missing
+        return (False, 0, phase + 1) if done else (told, came, phase)
 
     def successors(self, state: State) -> Iterator[State]:
         blocks, barriers, memory = state
@@ -104,9 +111,17 @@ class Cluster:
             if doing == "done":
                 continue
             if doing == "wait":
-                _, phase = barriers[i][operand % self.buffers]
+                _, _, phase = barriers[i][operand % self.buffers]
                 if self.wait and phase % 2 == operand // self.buffers % 2:
                     continue
+                after = (operand, "expect", 0)
+            elif doing == "expect":
+                buffer = operand % self.buffers
+                told, came, phase = barriers[i][buffer]
+                if told:
+                    raise BrokenError(f"block {i} tells a barrier twice what to expect")
+                barrier = self.settled(self.expect, came, phase)
+                new_barriers = _replaced(barriers, i, _replaced(barriers[i], buffer, barrier))
                 after = (operand, "read", 0)
             elif doing == "read":
                 held = memory[i][operand % self.buffers][part]
@@ -115,20 +130,20 @@ class Cluster:
                 after = (operand, "read", part + 1) if part + 1 < n else (operand, "send", 0)
                 if part + 1 == n and operand == self.steps:
                     after = (operand, "done", 0)
-            else:  # to each block in turn, all of one kind before the other
+            else:  # to each block in turn
                 buffer = (operand + 1) % self.buffers
-                if (doing == "send") == self.arrive_after_write:
-                    row = _replaced(memory[part][buffer], i, operand + 1)
-                    new_memory = _replaced(memory, part, _replaced(memory[part], buffer, row))
-                else:
-                    arrived, phase = barriers[part][buffer]
-                    ended = arrived + 1 == n - self.missing
-                    barrier = (0, phase + 1) if ended else (arrived + 1, phase)
+                if doing == "send":
+                    told, came, phase = barriers[part][buffer]
+                    barrier = self.settled(told, came + 1, phase)
                     own = _replaced(barriers[part], buffer, barrier)
                     new_barriers = _replaced(barriers, part, own)
+                if doing == "late" or self.data_with_news:
+                    row = _replaced(memory[part][buffer], i, operand + 1)
+                    new_memory = _replaced(memory, part, _replaced(memory[part], buffer, row))
                 after = (operand, doing, part + 1)
                 if part + 1 == n:
-                    after = (operand + 1, "wait", 0) if doing == "sent" else (operand, "sent", 0)
+                    sent = doing == "late" or self.data_with_news
+                    after = (operand + 1, "wait", 0) if sent else (operand, "late", 0)
             yield _replaced(blocks, i, after), new_barriers, new_memory
 
 
@@ -168,14 +183,15 @@ def test_no_order_of_steps_breaks_it(protocol: Grid | Cluster) -> None:
         (Grid(2, 6, publish_after_write=False), "reads"),
         (Grid(2, 6, counters=4), "everybody waits|reads"),
         (Cluster(2, 6, buffers=1), "reads"),
-        (Cluster(2, 6, wait=False), "reads"),
-        (Cluster(2, 6, arrive_after_write=False), "reads"),
+        (Cluster(2, 6, wait=False), "reads|twice"),
+        (Cluster(2, 6, expect=False), "everybody waits"),
+        (Cluster(2, 6, data_with_news=False), "reads"),
         (Cluster(2, 6, missing=1), "reads"),
     ],
     ids=str,
 )
 def test_what_the_kernels_rely_on_is_needed(protocol: Grid | Cluster, what: str) -> None:
     """One buffer, no wait, news before the data, flags too narrow to count all steps, a barrier
-    that asks for too few arrivals."""
+    that is not told what to expect, or too little of it."""
     with pytest.raises(BrokenError, match=what):
         explore(protocol)

@@ -31,7 +31,7 @@ enum class Tier : int { grid = 0, cluster = 1 };
 struct Tiling {
   int slices, replicas;
   int unit_tiles;       // 1, 2, 4 or 8: kWarps / unit_tiles warps split the sum over the operand
-  int batch_tiles;      // 1, 2 or 4; unit_tiles * batch_tiles <= kWarps, a warp has one tile in the epilogue
+  int batch_tiles;      // 1, 2 or 4; unit_tiles * batch_tiles <= kWarps: a thread owns four values at most
   int resident_chunks;  // of each unit tile's weights in shared memory; the rest comes from L2
 };
 
@@ -59,7 +59,7 @@ FASTRNN_HD Sizes make_sizes(int64_t H, int element_bytes, int depth, int gate_ti
 
 // Shared memory of a block, in bytes from its start.
 struct Layout {
-  int64_t weights, partials, stage, operand, barriers, failed, bytes;
+  int64_t weights, partials, bias, stage, operand, barriers, failed, bytes;
 };
 
 // `local_tiles` batch tiles keep their operand in shared memory, twice: the cluster tier; 0 for the grid tier.
@@ -70,6 +70,8 @@ FASTRNN_HD Layout make_layout(const Sizes& sizes, const Tiling& tiling, int64_t 
   end += tiling.unit_tiles * tiling.resident_chunks * sizes.weight_vectors() * kVectorBytes;
   layout.partials = end;
   end += int64_t{kWarps} * sizes.gate_tiles * tiling.batch_tiles * 32 * kVectorBytes;
+  layout.bias = end;
+  end += int64_t{tiling.unit_tiles} * kTileUnits * sizes.gate_tiles * 4;
   layout.stage = end;
   end += int64_t{kWarps} * sizes.depth * kTileRows * kTileUnits * sizes.element_bytes;
   layout.operand = end;

@@ -10,7 +10,7 @@ struct alignas(16) Vector {
   uint32_t word[4];
 };
 
-// In shared memory; counts the arrivals of a phase, which ends with the last one.
+// In shared memory; its phase ends with the last of the arrivals and bytes that it waits for.
 using Barrier = uint64_t;
 
 }  // namespace fastrnn::cuda
@@ -98,20 +98,24 @@ FASTRNN_DEVICE uint32_t in_block(const void* mine, int rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(in_shared(mine)), "r"(rank));
   return address;
 }
-FASTRNN_DEVICE void store_to_block(Vector* mine, int rank, const Vector& v) {
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(in_block(mine, rank)), "r"(v.word[0]),
-               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
-               : "memory");
-}
 FASTRNN_DEVICE void init_barrier(Barrier* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(in_shared(barrier)), "r"(arrivals) : "memory");
 }
 // That barriers have been initialised, for the cluster barrier that follows.
 FASTRNN_DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-FASTRNN_DEVICE void arrive_at_block(Barrier* mine, int rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(in_block(mine, rank)) : "memory");
+// The barrier's one arrival, and the bytes that its phase waits for besides.
+FASTRNN_DEVICE void expect_bytes(Barrier* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(in_shared(barrier)), "r"(bytes)
+               : "memory");
 }
-// Whether the phase of that parity is over, and then what was written before its arrivals can be read.
+// Into another block's memory, some time before the phase of its barrier ends.
+FASTRNN_DEVICE void store_to_block(Vector* mine, int rank, const Vector& v, Barrier* barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   in_block(mine, rank)),
+               "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "r"(in_block(barrier, rank))
+               : "memory");
+}
+// Whether the phase of that parity is over, and then the bytes that it waited for can be read.
 FASTRNN_DEVICE bool phase_ended(Barrier* barrier, uint32_t parity) {
   uint32_t ended;
   asm volatile(
@@ -128,26 +132,23 @@ FASTRNN_DEVICE void cluster_barrier() {
 }
 
 // D += A B for one 16 x 8 tile; a: rows r and r + 8 by turns, then the same of the second half of k.
-FASTRNN_DEVICE void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                             uint32_t b1) {
+FASTRNN_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-FASTRNN_DEVICE void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                            uint32_t b1) {
+FASTRNN_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-FASTRNN_DEVICE void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                             uint32_t b1) {
+FASTRNN_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 }  // namespace fastrnn::cuda

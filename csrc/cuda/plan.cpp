@@ -47,7 +47,7 @@ Plan sketch(Tier tier, int64_t slices, int unit_tiles, int batch_tiles) {
 int64_t slot_bytes(const Request& r, const Tiling& t) {
   if (passes_of(r, t) <= t.replicas) return 0;
   const int values = r.backward ? 2 * r.cell.states : r.cell.states;
-  return r.G * passes_of(r, t) * t.batch_tiles * sizes_of(r).tiles() * values * 4 * 32 * 4;
+  return r.G * passes_of(r, t) * t.batch_tiles * t.slices * t.unit_tiles * values * kTileUnits * kTileRows * 4;
 }
 
 // All blocks of a launch run at once, as they wait for each other; weights that do not fit come from L2.
@@ -63,7 +63,8 @@ std::optional<Plan> grid_plan(const Request& r, const Limits& limits, int unit_t
   const int64_t fixed = make_layout(sizes, t, 0).bytes;
   if (fixed > limits.shared_bytes) return std::nullopt;
   const int64_t chunk_bytes = unit_tiles * sizes.weight_vectors() * kVectorBytes;
-  const int64_t resident = std::min(sizes.chunks(), (limits.shared_bytes - fixed) / chunk_bytes);
+  const int64_t room = (limits.shared_bytes - fixed) / chunk_bytes;
+  const int64_t resident = std::min(sizes.chunks(), room / sizes.depth * sizes.depth);  // all depths of a unit's chunk
   t.resident_chunks = static_cast<int>(resident);
   plan.shared_bytes = make_layout(sizes, t, 0).bytes;
   plan.weight_bytes = plan.blocks(plan.groups) * (sizes.chunks() - resident) * chunk_bytes;
@@ -107,8 +108,10 @@ std::variant<Plan, std::string> make_plan(const Request& r, const Limits& limits
   if (limits.capability < 80) return "the kernels need compute capability 8.0 or later";
   if (r.T < 1 || r.B < 1 || r.H < 1 || r.G < 1) return "T, B, H and the number of groups must be positive";
   if (r.G > kMaxGroups) return beyond("the number of groups", r.G, kMaxGroups);
-  // Flags count steps in 32 bits.
-  if (r.T > std::numeric_limits<int32_t>::max()) return beyond("T", r.T, std::numeric_limits<int32_t>::max());
+  // The kernels count steps and rows in 32 bits.
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  if (r.T > most) return beyond("T", r.T, most);
+  if (r.B > most) return beyond("the batch size", r.B, most);
   const int64_t widest = int64_t{limits.multiprocessors} * kWarps * kTileUnits / kUnitPad * kUnitPad;
   if (r.H > widest) return beyond("the hidden size on this device", r.H, widest);
   std::optional<Plan> best;

@@ -2,8 +2,10 @@
 //
 // Every row counts its own steps from where its scan starts, so that all rows start together and a row only ever ends:
 // lengths, packing and the direction of time are a matter of which time a row's step m is (RowClock). In each step a
-// block multiplies its weights by the operand that all blocks have published, the warps sharing out the sum, and a warp
-// for each (16 units, 8 rows) applies the cell, publishes its part of the next operand, and then stores what it found.
+// block multiplies its weights by the operand that all blocks have published, the warps sharing out the sum; then each
+// thread applies the cell to the values that it owns, the block publishes its part of the next operand, and what was
+// found is stored. What a step reads is asked for at its top, without a branch on what it reads, so that the wait for
+// the other blocks hides the wait for memory.
 #pragma once
 
 #include "exchange.h"
@@ -16,13 +18,18 @@ namespace fastrnn::cuda {
 struct RowClock {
   bool from_end;
   FASTRNN_HD int64_t time(int64_t m, int64_t length) const { return from_end ? length - 1 - m : m; }
+  // The same, or where m is past the row's end, a time that can be read.
+  FASTRNN_HD int64_t readable_time(int64_t m, int64_t length) const {
+    const int64_t last = length > 0 ? length - 1 : 0;
+    return time(m < last ? m : last, last + 1);
+  }
 };
 
-// What a thread owns of a tile: units u and u + 8, rows b and b + 1, four values, number e at (unit(e), row(e)).
-struct Corner {
-  int64_t first_unit, first_row;
-  FASTRNN_DEVICE int64_t unit(int e) const { return first_unit + 8 * (e / 2); }
-  FASTRNN_DEVICE int64_t row(int e) const { return first_row + e % 2; }
+// A value of every step: a unit of a row. Where there is no such row or unit it has the place of one that there is, so
+// that it can be read like all others, and a length of -1.
+struct Element {
+  int b, u, length;
+  FASTRNN_DEVICE bool inside() const { return length >= 0; }
 };
 
 template <class Value>
@@ -38,48 +45,54 @@ struct Rows {
   int64_t g;
   bool reverse;
 
-  FASTRNN_DEVICE int64_t length(int64_t b) const { return b >= args.B ? 0 : args.lengths ? args.lengths[b] : args.T; }
-  FASTRNN_DEVICE int64_t at(int64_t t, int64_t b) const { return (args.offsets ? args.offsets[t] : t * args.B) + b; }
-  FASTRNN_DEVICE int64_t before(int64_t t) const { return reverse ? t + 1 : t - 1; }
+  FASTRNN_DEVICE Element element(int64_t b, int64_t u) const {
+    const auto row = static_cast<int>(b < args.B ? b : args.B - 1);
+    const auto unit = static_cast<int>(u < args.H ? u : args.H - 1);
+    if (b >= args.B || u >= args.H) return {row, unit, -1};
+    return {row, unit, static_cast<int>(args.lengths ? args.lengths[row] : args.T)};
+  }
+  // The row's place in [N] at time t.
+  FASTRNN_DEVICE int64_t at(int64_t t, const Element& e) const {
+    return (args.offsets ? args.offsets[t] : t * args.B) + e.b;
+  }
 
-  // Whether step t of row b starts from the reset states.
-  FASTRNN_DEVICE bool fresh(int64_t t, int64_t b, int64_t length) const {
+  // Whether step t of the element's row starts from the reset states.
+  FASTRNN_DEVICE bool fresh(int64_t t, const Element& e) const {
     if (!args.reset) return false;
     const int64_t edge = reverse ? t + 1 : t;
-    return edge < length && args.reset[edge * args.B + b];
+    return edge < e.length && args.reset[edge * args.B + e.b];
   }
 
-  // Index into [G, B, H] and into [N, G H].
-  FASTRNN_DEVICE int64_t in_state(int64_t b, int64_t u) const { return (g * args.B + b) * args.H + u; }
-  FASTRNN_DEVICE int64_t in_output(int64_t t, int64_t b, int64_t u) const {
-    return (at(t, b) * args.G + g) * args.H + u;
-  }
-  // Index into [G, N, planes, H], of plane 0.
-  FASTRNN_DEVICE int64_t in_gates(int64_t t, int64_t b, int64_t u, int planes) const {
-    return (g * args.N + at(t, b)) * planes * args.H + u;
+  // Index into [G, B, H]; and, from a row's place in [N], into [N, G H] and, of plane 0, [G, N, planes, H].
+  FASTRNN_DEVICE int64_t in_state(const Element& e) const { return (g * args.B + e.b) * args.H + e.u; }
+  FASTRNN_DEVICE int64_t in_output(int64_t at, const Element& e) const { return (at * args.G + g) * args.H + e.u; }
+  FASTRNN_DEVICE int64_t in_gates(int64_t at, const Element& e, int planes) const {
+    return (g * args.N + at) * planes * args.H + e.u;
   }
 
-  FASTRNN_DEVICE float state(const void* base, int64_t b, int64_t u) const {
-    return P::widen(load_or_zero<Value>(base, in_state(b, u)));
+  FASTRNN_DEVICE float state(const void* base, const Element& e) const {
+    return P::widen(load_or_zero<Value>(base, in_state(e)));
   }
-  FASTRNN_DEVICE void set_state(void* base, int64_t b, int64_t u, float value) const {
-    if (base) static_cast<Value*>(base)[in_state(b, u)] = P::round(value);
+  FASTRNN_DEVICE void set_state(void* base, const Element& e, float value) const {
+    if (base) static_cast<Value*>(base)[in_state(e)] = P::round(value);
   }
-  FASTRNN_DEVICE float output(const void* base, int64_t t, int64_t b, int64_t u) const {
-    return P::widen(load_or_zero<Value>(base, in_output(t, b, u)));
-  }
-  FASTRNN_DEVICE void set_output(void* base, int64_t t, int64_t b, int64_t u, float value) const {
-    if (base) static_cast<Value*>(base)[in_output(t, b, u)] = P::round(value);
+  FASTRNN_DEVICE void set_output(void* base, int64_t at, const Element& e, float value) const {
+    if (base) static_cast<Value*>(base)[in_output(at, e)] = P::round(value);
   }
 };
 
-// Pass is Forward<Cell, P> or Backward<Cell, P>: the epilogue of a step.
+// Pass is Forward<Cell, P> or Backward<Cell, P>: what is done with each value of a step.
 template <class Pass, class Exchange>
 class Scan {
   using P = typename Pass::Precision;
   using Operand = typename P::Operand;
   static constexpr int kTiles = Pass::gate_tiles, kDepth = Pass::depth;
-  static constexpr int kPerVector = kVectorBytes / sizeof(Operand);
+  static constexpr int kPerVector = kVectorBytes / sizeof(Operand), kChunkUnits = 4 * kPerVector;
+  // Of a tile of 16 units and 8 rows: its values, and the vectors that it publishes, of a row and in all.
+  static constexpr int kTileValues = kTileUnits * kTileRows;
+  static constexpr int kRowVectors = kTileUnits / kPerVector, kTileVectors = kDepth * kTileRows * kRowVectors;
+  // The most values that a thread owns: those of tiles 256 / 128 apart.
+  static constexpr int kTilesAtOnce = kThreads / kTileValues, kMostValues = kWarps / kTilesAtOnce;
 
  public:
   FASTRNN_DEVICE explicit Scan(const typename Pass::Args& args)
@@ -90,23 +103,27 @@ class Scan {
         place_(find_place()),
         exchange_(args, sizes_, layout_, place_),
         pass_(args, place_.g),
-        warp_(thread_index() / 32),
-        lane_(thread_index() % 32) {}
+        lane_(thread_index() % 32),
+        unit_tiles_(static_cast<int>(sizes_.tiles())),
+        passes_(static_cast<int>(args.passes())),
+        share_(find_share()) {}
 
   FASTRNN_DEVICE void run() {
     fill_weights();
+    fill_biases();
     if (thread_index() == 0) *failed() = 0;
     exchange_.begin();
-    typename Pass::Slot slot{};
-    for (int64_t p = place_.replica; p < args_.passes(); p += tiling_.replicas) begin(p, slot);
-    for (int64_t m = 0;; ++m) {
+    Owned mine;
+    for (Portion some = first(); some.pass < passes_; next(some)) begin(some, mine);
+    const uint32_t only = many() ? 0 : steps(place_.replica);
+    for (uint32_t m = 0;; ++m) {
       bool live = false;
-      for (int64_t p = place_.replica; p < args_.passes(); p += tiling_.replicas) {
-        const int64_t steps = pass_.steps(p);
-        if (m >= steps) continue;
+      for (Portion some = first(); some.pass < passes_; next(some)) {
+        const uint32_t steps_of_pass = many() ? steps(some.pass) : only;
+        if (m >= steps_of_pass) continue;
         live = true;
-        if (step(m, p, m + 1 < steps, slot)) continue;
-        poison();
+        if (step(m, some, m + 1 < steps_of_pass, mine)) continue;
+        poison(mine);
         exchange_.end();
         return;
       }
@@ -125,9 +142,22 @@ class Scan {
     return ceil_div(args_.passes(), tiling_.replicas) * tiling_.batch_tiles;
   }
 
+  // ---- the passes of this replica
+
+  FASTRNN_DEVICE uint32_t steps(int pass) const { return static_cast<uint32_t>(pass_.steps(pass)); }
+  FASTRNN_DEVICE Portion first() const { return portion(place_.replica, 0); }
+  FASTRNN_DEVICE void next(Portion& some) const {
+    some = portion(some.pass + tiling_.replicas, some.own_tile + tiling_.batch_tiles);
+  }
+  FASTRNN_DEVICE Portion portion(int pass, int own_tile) const {
+    const int64_t left = ceil_div(args_.B - pass * args_.pass_rows(), kTileRows);
+    const int count = static_cast<int>(left < tiling_.batch_tiles ? left : tiling_.batch_tiles);
+    return {pass, own_tile, count};
+  }
+
   // ---- weights: [unit tile][chunk][gate tile, half, 32] vectors, the first chunks in shared memory
 
-  FASTRNN_DEVICE int64_t unit_tile(int local) const { return int64_t{place_.slice} * tiling_.unit_tiles + local; }
+  FASTRNN_DEVICE int unit_tile(int local) const { return place_.slice * tiling_.unit_tiles + local; }
   FASTRNN_DEVICE Vector* resident(int local) const {
     return reinterpret_cast<Vector*>(shared_memory() + layout_.weights) +
            local * tiling_.resident_chunks * sizes_.weight_vectors();
@@ -139,23 +169,36 @@ class Scan {
     return static_cast<Vector*>(args_.streamed_weights) + index * sizes_.weight_vectors();
   }
 
+  FASTRNN_DEVICE float* bias(int local, int unit) const {
+    return reinterpret_cast<float*>(shared_memory() + layout_.bias) + (local * kTileUnits + unit) * kTiles;
+  }
+
+  FASTRNN_DEVICE void fill_biases() const {
+    for (int i = thread_index(); i < tiling_.unit_tiles * kTileUnits; i += kThreads) {
+      const int64_t unit = int64_t{place_.slice} * tiling_.unit_tiles * kTileUnits + i;
+      for (int k = 0; k < kTiles; ++k) bias(0, i)[k] = unit < args_.H ? pass_.bias(unit, k) : 0.0f;
+    }
+  }
+
   FASTRNN_DEVICE void fill_weights() const {
     const int64_t per_chunk = sizes_.weight_vectors(), per_tile = sizes_.chunks() * per_chunk;
     for (int local = 0; local < tiling_.unit_tiles; ++local) {
-      if (unit_tile(local) >= sizes_.tiles()) break;
+      if (unit_tile(local) >= unit_tiles_) break;
       for (int64_t i = thread_index(); i < per_tile; i += kThreads) {
         const int64_t chunk = i / per_chunk;
-        const int in_chunk = static_cast<int>(i % per_chunk);
-        const int row = in_chunk / 4 % 8, quarter = in_chunk % 4, half = in_chunk / kChunkVectors;
+        const int in_chunk = static_cast<int>(i % per_chunk), tile = in_chunk / (2 * kChunkVectors);
+        const int half = in_chunk / kChunkVectors % 2, row = in_chunk / 4 % 8, quarter = in_chunk % 4;
+        const int64_t unit = int64_t{unit_tile(local)} * kTileUnits + half * 8 + row;
         Vector* const base = chunk < tiling_.resident_chunks ? resident(local) : streamed(local);
-        base[chunk * per_chunk + half * kChunkVectors + P::place(row, quarter)] =
-            weight_vector(unit_tile(local) * kTileUnits + half % 2 * 8 + row, half / 2, chunk, quarter);
+        auto* const words = reinterpret_cast<uint32_t*>(base + chunk * per_chunk + tile * 2 * kChunkVectors);
+        const Vector vector = weight_vector(unit, tile, chunk, quarter);
+        for (int w = 0; w < 4; ++w) words[P::weight_word(half, row, quarter, w)] = vector.word[w];
       }
     }
   }
 
   FASTRNN_DEVICE Vector weight_vector(int64_t unit, int gate_tile, int64_t chunk, int quarter) const {
-    const int64_t first = chunk / kDepth * sizes_.chunk_units() + quarter * kPerVector;
+    const int64_t first = chunk / kDepth * kChunkUnits + quarter * kPerVector;
     alignas(16) Operand values[kPerVector];
     for (int i = 0; i < kPerVector; ++i) {
       const bool inside = unit < args_.H && first + i < args_.H;
@@ -166,192 +209,246 @@ class Scan {
 
   // ---- the product
 
-  FASTRNN_DEVICE Vector* partials() const { return reinterpret_cast<Vector*>(shared_memory() + layout_.partials); }
-  FASTRNN_DEVICE int64_t partial(int warp, int tile, int n) const {
-    return ((int64_t{warp} * kTiles + tile) * tiling_.batch_tiles + n) * 32 + lane_;
+  // What a warp multiplies: every split-th chunk of the units, beginning with its own number, so that the warps share
+  // what is streamed.
+  struct Share {
+    int local;        // the block's unit tile
+    int split, part;  // of the warps that share it
+    int near, count;  // chunks of the units: in shared memory, and in all
+  };
+  FASTRNN_DEVICE Share find_share() const {
+    const int split = kWarps / tiling_.unit_tiles, local = warp() / split, part = warp() % split;
+    if (unit_tile(local) >= unit_tiles_) return {local, split, part, 0, 0};
+    const auto of = [&](int64_t chunks) { return static_cast<int>((chunks - part + split - 1) / split); };
+    return {local, split, part, of(tiling_.resident_chunks / kDepth), of(sizes_.unit_chunks)};
+  }
+
+  FASTRNN_DEVICE float* partials() const { return reinterpret_cast<float*>(shared_memory() + layout_.partials); }
+  // Of batch tile 0: the next ones follow.
+  FASTRNN_DEVICE int partial(int warp, int tile) const {
+    return (warp * kTiles + tile) * tiling_.batch_tiles * kTileValues;
   }
   FASTRNN_DEVICE volatile int* failed() const {
     return reinterpret_cast<volatile int*>(shared_memory() + layout_.failed);
   }
 
-  // This warp's share of the sum, for `batch` batch tiles.
-  template <int batch>
-  FASTRNN_DEVICE void multiply(int64_t o, int64_t batch_tile, int local, int64_t first, int64_t end) const {
-    constexpr int unroll = batch < 4 ? P::unroll : 1;  // more would not fit the registers
-    float acc[kTiles][batch][4] = {};
-    const Vector* const operands = exchange_.operand(o, batch_tile);
+  // Chunks [begin, end) of this warp's share, several at a time where the registers allow: their operands take long to
+  // load.
+  template <int chains, int batch, class Weights>
+  FASTRNN_DEVICE void add(float (&acc)[chains][kTiles][batch][4], const Vector* operands, int begin, int end,
+                          Weights weights) const {
+    constexpr int vectors = kTiles > 1 ? (batch > 1 ? 1 : P::in_flight / 2) : P::in_flight;
+    constexpr int group = vectors > batch ? vectors / batch : 1;
     const int stride = static_cast<int>(sizes_.operand_vectors());
-    const int per_chunk = static_cast<int>(sizes_.weight_vectors());
-    const int64_t kept = tiling_.resident_chunks;
-    const int64_t middle = end < kept ? end : first < kept ? kept : first;
-    const Vector* const near = resident(local);
-    const Vector* const far = streamed(local);
-#pragma unroll unroll
-    for (int64_t c = first; c < middle; ++c) {
-      P::multiply(
-          acc, lane_, [&](int i) { return near[c * per_chunk + i]; },
-          [&](int n, int i) {
-            return Exchange::load(operands + n * stride + static_cast<int>(c) * kChunkVectors + i);
-          });
-    }
+    int i = begin;
+    const auto chunk = [&](int c) {
+      return (share_.part + (i + c) / kDepth * share_.split) * kDepth + (i + c) % kDepth;
+    };
+    const auto weight = [&](int c, int v) { return weights(chunk(c), v); };
+    const auto operand = [&](int c, int n, int v) {
+      return Exchange::load(operands + n * stride + chunk(c) * kChunkVectors + v);
+    };
 #pragma unroll 1
-    for (int64_t c = middle; c < end; ++c) {
-      P::multiply(
-          acc, lane_, [&](int i) { return load_from_l2(far + c * per_chunk + i); },
-          [&](int n, int i) {
-            return Exchange::load(operands + n * stride + static_cast<int>(c) * kChunkVectors + i);
-          });
+    for (; i + group <= end; i += group) P::template multiply<group>(acc, lane_, weight, operand);
+    if constexpr (group > 1) {
+#pragma unroll 1
+      for (; i < end; ++i) P::template multiply<1>(acc, lane_, weight, operand);
     }
-    block_barrier();  // the epilogues of the pass before have read their partial sums
+  }
+
+  template <int batch>
+  FASTRNN_DEVICE void multiply(uint32_t o, const Portion& some) const {
+    // A product is added to the one before it: with one tile only, two chains of them keep the tensor cores busier.
+    constexpr int chains = kTiles * batch == 1 ? 2 : 1;
+    constexpr int per_chunk = kTiles * 2 * kChunkVectors;
+    float acc[chains][kTiles][batch][4] = {};
+    const Vector* const operands = exchange_.operand(o, some);
+    const Vector* const near = resident(share_.local);
+    const Vector* const far = streamed(share_.local);
+    add(acc, operands, 0, share_.near * kDepth, [&](int chunk, int v) { return near[chunk * per_chunk + v]; });
+    add(acc, operands, share_.near * kDepth, share_.count * kDepth,
+        [&](int chunk, int v) { return load_from_l2(far + int64_t{chunk} * per_chunk + v); });
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
 #pragma unroll
       for (int n = 0; n < batch; ++n) {
-        const float (&a)[4] = acc[k][n];
-        partials()[partial(warp_, k, n)] = {{to_bits(a[0]), to_bits(a[1]), to_bits(a[2]), to_bits(a[3])}};
+        Vector sums;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          sums.word[e] = to_bits(chains == 1 ? acc[0][k][n][e] : acc[0][k][n][e] + acc[chains - 1][k][n][e]);
+        }
+        reinterpret_cast<Vector*>(partials() + partial(warp(), k) + n * kTileValues)[lane_] = sums;
       }
     }
   }
 
-  // All partial sums of a step are in shared memory when this returns; false if somebody's wait ran out.
-  FASTRNN_DEVICE bool product(int64_t o, int64_t batch_tile, int count) {
-    const int split = kWarps / tiling_.unit_tiles, local = warp_ / split, part = warp_ % split;
-    const int64_t first = sizes_.unit_chunks * part / split, end = sizes_.unit_chunks * (part + 1) / split;
-    const int64_t per_chunk = sizes_.chunk_units();
-    const int64_t first_tile = first * per_chunk / kTileUnits, end_tile = ceil_div(end * per_chunk, kTileUnits);
-    if (!exchange_.wait(o, batch_tile, count, first_tile, end_tile)) *failed() = 1;
+  // All partial sums of a step are in shared memory when this returns; false if somebody's wait ran out. Those of the
+  // step before have been read: a barrier has followed.
+  FASTRNN_DEVICE bool product(uint32_t o, const Portion& some) {
+    constexpr int tiles = kChunkUnits / kTileUnits;  // that publish a chunk
+    const auto awaited = [&](int i) { return (share_.part + i / tiles * share_.split) * tiles + i % tiles; };
+    if (!exchange_.wait(o, some, share_.count * tiles, awaited)) *failed() = 1;
     warp_barrier();
-    const bool mine = unit_tile(local) < sizes_.tiles();
-    const int64_t last = (mine ? end : first) * kDepth;
-    switch (count) {
+    switch (some.count) {
       case 1:
-        multiply<1>(o, batch_tile, local, first * kDepth, last);
+        multiply<1>(o, some);
         break;
       case 2:
-        multiply<2>(o, batch_tile, local, first * kDepth, last);
+        multiply<2>(o, some);
         break;
       default:
-        multiply<4>(o, batch_tile, local, first * kDepth, last);
+        multiply<4>(o, some);
     }
-    const bool ok = !*failed();  // set before the barrier in multiply(), and not again before the next
     block_barrier();
-    return ok;
+    return !*failed();  // set before this barrier, and not again before the next
   }
 
-  // The sums of this warp's tile, in a fixed order.
-  FASTRNN_DEVICE void gather(int local, int n, float (&sums)[kTiles][4]) const {
-    const int split = kWarps / tiling_.unit_tiles;
+  // ---- the values: thread i owns word i % 128 of every second tile, in the order of the tensor cores' sums, which is
+  // that of memory (precision.h)
+
+  struct Owned {
+    Element element[kMostValues];
+    typename Pass::Slot slot[kMostValues];
+  };
+
+  // Opaque, or what follows from them would fill registers during the product.
+  FASTRNN_DEVICE int warp() const { return opaque(thread_index()) / 32; }
+  FASTRNN_DEVICE int word() const { return opaque(thread_index()) % kTileValues; }
+  FASTRNN_DEVICE int unit_in_tile() const { return word() / 16 + 8 * (word() / 2 % 2); }
+  FASTRNN_DEVICE int row_in_tile() const { return word() / 4 % 4 * 2 + word() % 2; }
+  // Tile number local * batch_tiles + n of the block holds unit tile `local` of batch tile n; batch_tiles is a power
+  // of two.
+  FASTRNN_DEVICE int tiles() const { return tiling_.unit_tiles * tiling_.batch_tiles; }
+  FASTRNN_DEVICE int local_of(int tile) const { return tile >> (tiling_.batch_tiles / 2); }
+  FASTRNN_DEVICE int batch_of(int tile) const { return tile & (tiling_.batch_tiles - 1); }
+
+  // what(j, tile) for every value j that this thread owns.
+  template <class What>
+  FASTRNN_DEVICE void each(What what) const {
 #pragma unroll
-    for (int k = 0; k < kTiles; ++k) {
-      for (int part = 0; part < split; ++part) {
-        const Vector v = partials()[partial(local * split + part, k, n)];
+    for (int j = 0; j < kMostValues; ++j) {
+      const int tile = opaque(thread_index()) / kTileValues + j * kTilesAtOnce;
+      if (tile < tiles()) what(j, tile);
+    }
+  }
+
+  FASTRNN_DEVICE void find(const Portion& some, Owned& mine) const {
+    each([&](int j, int tile) {
+      const int64_t row = (int64_t{some.pass} * tiling_.batch_tiles + batch_of(tile)) * kTileRows + row_in_tile();
+      mine.element[j] = pass_.element(row, unit_tile(local_of(tile)) * int64_t{kTileUnits} + unit_in_tile());
+    });
+  }
+
+  // The sums of all warps that shared the tile, in a fixed order, and the bias.
+  FASTRNN_DEVICE void gather(int tile, float (&sums)[kTiles]) const {
+    const int split = share_.split;
+    const float* const from = partials() + batch_of(tile) * kTileValues + word();
+    float parts[kTiles][kWarps];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sums[k][e] += from_bits(v.word[e]);
+    for (int s = 0; s < kWarps; ++s) {
+#pragma unroll
+      for (int k = 0; k < kTiles; ++k) {
+        parts[k][s] = s < split ? from[partial(local_of(tile) * split + s, k)] : 0.0f;
       }
     }
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k) {
+      const float (&p)[kWarps] = parts[k];
+      const float sum = ((p[0] + p[1]) + (p[2] + p[3])) + ((p[4] + p[5]) + (p[6] + p[7]));
+      sums[k] = sum + bias(local_of(tile), unit_in_tile())[k];
+    }
   }
 
-  // ---- the epilogue
-
-  // This warp's tile of pass p, if it has one.
-  struct Tile {
-    bool mine;
-    int local, n;
-    int64_t unit_tile, batch_tile;
-    Corner corner;
-  };
-  FASTRNN_DEVICE Tile find_tile(int64_t p) const { return find_tile(p, lane_); }
-  FASTRNN_DEVICE Tile find_tile(int64_t p, int lane) const {
-    Tile tile;
-    tile.local = warp_ / tiling_.batch_tiles;
-    tile.n = warp_ % tiling_.batch_tiles;
-    tile.unit_tile = unit_tile(tile.local);
-    tile.batch_tile = p * tiling_.batch_tiles + tile.n;
-    tile.corner = {tile.unit_tile * kTileUnits + lane / 4, tile.batch_tile * kTileRows + lane % 4 * 2};
-    tile.mine = tile.local < tiling_.unit_tiles && tile.unit_tile < sizes_.tiles() && tile.n < batch_tiles(p);
-    return tile;
-  }
-  // Batch tiles of pass p that hold rows.
-  FASTRNN_DEVICE int batch_tiles(int64_t p) const {
-    const int64_t left = ceil_div(args_.B - p * args_.pass_rows(), kTileRows);
-    return static_cast<int>(left < tiling_.batch_tiles ? left : tiling_.batch_tiles);
+  FASTRNN_DEVICE void begin(const Portion& some, Owned& mine) {
+    find(some, mine);
+    each([&](int j, int tile) {
+      float next[kDepth] = {};
+      pass_.begin(mine.element[j], mine.slot[j], next);
+      stage(tile, next);
+    });
+    keep(some, mine);
+    block_barrier();
+    if (Pass::lag == 0 && steps(some.pass) > 0) publish(0, some);
+    block_barrier();
   }
 
-  FASTRNN_DEVICE void begin(int64_t p, typename Pass::Slot& slot) {
-    const Tile tile = find_tile(p);
-    if (!tile.mine) return;
-    float next[kDepth][4] = {};
-    pass_.begin(tile.corner, slot, next);
-    keep(tile, slot);
-    if (Pass::lag == 0 && pass_.steps(p) > 0) publish(0, tile, next);
-  }
-
-  FASTRNN_DEVICE bool step(int64_t m, int64_t p, bool more, typename Pass::Slot& slot) {
-    typename Pass::Work work;
-    if (const Tile tile = find_tile(p); tile.mine) pass_.load(m, tile.corner, work);
-    if (m >= Pass::lag && !product(m - Pass::lag, p * tiling_.batch_tiles, batch_tiles(p))) return false;
-    const Tile tile = find_tile(p, opaque(lane_));  // or addresses would fill registers during the product
-    if (!tile.mine) return true;
-    float sums[kTiles][4] = {}, next[kDepth][4] = {};
-    if (m >= Pass::lag) gather(tile.local, tile.n, sums);
-    recall(tile, slot);
-    pass_.compute(m, tile.corner, slot, sums, work, next);
-    if (more) publish(m + 1 - Pass::lag, tile, next);
-    pass_.store(m, tile.corner, work);
-    keep(tile, slot);
+  FASTRNN_DEVICE bool step(uint32_t m, const Portion& some, bool more, Owned& mine) {
+    typename Pass::Work work[kMostValues];
+    if (many()) recall(some, mine);
+    each([&](int j, int) { pass_.load(m, mine.element[j], work[j]); });
+    const bool multiplied = m >= Pass::lag;
+    if (!multiplied) block_barrier();  // what the pass before has staged is sent
+    if (multiplied && !product(m - Pass::lag, some)) return false;
+    each([&](int j, int tile) {
+      float sums[kTiles] = {}, next[kDepth];
+      if (multiplied) gather(tile, sums);
+      pass_.compute(m, mine.element[j], mine.slot[j], sums, work[j], next);
+      stage(tile, next);
+    });
+    block_barrier();  // all is staged, and all partial sums have been read
+    if (more) publish(m + 1 - Pass::lag, some);
+    each([&](int j, int) { pass_.store(m, mine.element[j], work[j]); });
+    if (many()) keep(some, mine);
     return true;
   }
 
-  // 16 units x 8 rows of every published value go through shared memory, to be sent as whole vectors.
-  FASTRNN_DEVICE void publish(int64_t o, const Tile& tile, const float (&next)[kDepth][4]) {
-    constexpr int vectors = kTileUnits / kPerVector;  // of a row
-    Operand* const stage =
-        reinterpret_cast<Operand*>(shared_memory() + layout_.stage) + warp_ * kDepth * kTileRows * kTileUnits;
-    warp_barrier();  // the last sending is done
+  // ---- publishing: what threads have staged is sent as whole vectors
+
+  FASTRNN_DEVICE void stage(int tile, const float (&next)[kDepth]) const {
+    Operand* const to = reinterpret_cast<Operand*>(shared_memory() + layout_.stage) + tile * kDepth * kTileValues +
+                        row_in_tile() * kTileUnits + unit_in_tile();
 #pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = lane_ % 4 * 2 + e % 2, unit = lane_ / 4 + 8 * (e / 2);
-        stage[(d * kTileRows + row) * kTileUnits + unit] = P::operand(next[d][e]);
-      }
-    }
-    warp_barrier();
-    const int64_t chunk = tile.unit_tile * kTileUnits / sizes_.chunk_units();
-    const int first = static_cast<int>(tile.unit_tile * kTileUnits % sizes_.chunk_units()) / kPerVector;
-    for (int i = lane_; i < kDepth * kTileRows * vectors; i += 32) {
-      const int d = i / (kTileRows * vectors), row = i / vectors % kTileRows, v = i % vectors;
-      const int64_t index = (chunk * kDepth + d) * kChunkVectors + P::place(row, first + v);
-      exchange_.send(o, tile.batch_tile, index, reinterpret_cast<const Vector*>(stage)[i]);
-    }
-    exchange_.sent(o, tile.batch_tile, tile.unit_tile);
+    for (int d = 0; d < kDepth; ++d) to[d * kTileValues] = P::operand(next[d]);
   }
 
-  // A block with one pass keeps its slot in registers; with several, each has its own in memory.
-  FASTRNN_DEVICE bool many() const { return args_.passes() > tiling_.replicas; }
-  FASTRNN_DEVICE float* slot_memory(const Tile& tile) const {
-    const int64_t batch_tiles = args_.passes() * tiling_.batch_tiles;
-    const int64_t index = (place_.g * batch_tiles + tile.batch_tile) * sizes_.tiles() + tile.unit_tile;
-    return args_.slots + index * Pass::slot_floats * 32 + lane_;
+  FASTRNN_DEVICE void publish(uint32_t o, const Portion& some) {
+    const Vector* const staged = reinterpret_cast<const Vector*>(shared_memory() + layout_.stage);
+    const int begin = Exchange::by_tile ? warp() : 0, end = Exchange::by_tile ? begin + 1 : tiles();
+    for (int v = begin * kTileVectors + lane_; v < end * kTileVectors; v += 32) {
+      const int tile = v / kTileVectors, d = v / (kTileRows * kRowVectors) % kDepth;
+      if (!published(tile, some)) continue;
+      const int unit = unit_tile(local_of(tile)) * kTileUnits, row = v / kRowVectors % kTileRows;
+      const int place = P::place(row, unit % kChunkUnits / kPerVector + v % kRowVectors);
+      const int index = (unit / kChunkUnits * kDepth + d) * kChunkVectors + place;
+      exchange_.send(o, some, batch_of(tile), index, staged[v]);
+    }
+    const int last = end - 1;
+    if (Exchange::by_tile && published(last, some)) exchange_.sent(o, some, batch_of(last), unit_tile(local_of(last)));
   }
-  FASTRNN_DEVICE void keep(const Tile& tile, const typename Pass::Slot& slot) const {
-    if (!many()) return;
-    float* const memory = slot_memory(tile);
-#pragma unroll
-    for (int i = 0; i < Pass::slot_floats; ++i) memory[i * 32] = slot.value[i / 4][i % 4];
+  FASTRNN_DEVICE bool published(int tile, const Portion& some) const {
+    return tile < tiles() && batch_of(tile) < some.count && unit_tile(local_of(tile)) < unit_tiles_;
   }
-  FASTRNN_DEVICE void recall(const Tile& tile, typename Pass::Slot& slot) const {
+
+  // ---- a block with one pass keeps what it owns in registers; with several, the slots of each are in memory
+
+  FASTRNN_DEVICE bool many() const { return passes_ > tiling_.replicas; }
+  FASTRNN_DEVICE float* slot_memory(const Portion& some, int tile) const {
+    const int64_t batch_tile = (int64_t{place_.g} * passes_ + some.pass) * tiling_.batch_tiles + batch_of(tile);
+    const int64_t index = batch_tile * tiling_.slices * tiling_.unit_tiles + unit_tile(local_of(tile));
+    return args_.slots + index * Pass::slot_floats * kTileValues + word();
+  }
+  FASTRNN_DEVICE void keep(const Portion& some, const Owned& mine) const {
     if (!many()) return;
-    const float* const memory = slot_memory(tile);
+    each([&](int j, int tile) {
+      float* const memory = slot_memory(some, tile);
 #pragma unroll
-    for (int i = 0; i < Pass::slot_floats; ++i) slot.value[i / 4][i % 4] = memory[i * 32];
+      for (int i = 0; i < Pass::slot_floats; ++i) memory[i * kTileValues] = mine.slot[j].value[i];
+    });
+  }
+  FASTRNN_DEVICE void recall(const Portion& some, Owned& mine) const {
+    find(some, mine);
+    each([&](int j, int tile) {
+      const float* const memory = slot_memory(some, tile);
+#pragma unroll
+      for (int i = 0; i < Pass::slot_floats; ++i) mine.slot[j].value[i] = memory[i * kTileValues];
+    });
   }
 
   // A scan that gave up must not leave numbers that look like results.
-  FASTRNN_DEVICE void poison() const {
-    for (int64_t p = place_.replica; p < args_.passes(); p += tiling_.replicas) {
-      const Tile tile = find_tile(p);
-      if (tile.mine) pass_.poison(tile.corner);
+  FASTRNN_DEVICE void poison(Owned& mine) const {
+    for (Portion some = first(); some.pass < passes_; next(some)) {
+      find(some, mine);
+      each([&](int j, int) { pass_.poison(mine.element[j]); });
     }
   }
 
@@ -362,7 +459,8 @@ class Scan {
   const Place place_;
   Exchange exchange_;
   const Pass pass_;
-  const int warp_, lane_;
+  const int lane_, unit_tiles_, passes_;
+  const Share share_;
 };
 
 }  // namespace fastrnn::cuda

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 
@@ -90,39 +91,60 @@ inline void store_release(uint32_t* flag, uint32_t value) {
 }
 inline void store_for_host(uint32_t* word, uint32_t value) { *word = value; }
 
-// A barrier's 64 bits: arrivals of a phase, arrivals still missing in this one, and the phase's parity.
-inline constexpr int kMissing = 31, kParity = 63;
+// A barrier's 64 bits: those still missing in this phase, of its one arrival and of bytes, which may come before it is
+// told how many there are; and the phase's parity.
+struct BarrierBits {
+  int32_t bytes;
+  uint16_t arrivals, parity;
+};
+static_assert(sizeof(BarrierBits) == sizeof(Barrier));
+
+template <class Change>
+void change(void* barrier, Change change) {
+  BarrierBits bits;
+  std::memcpy(&bits, barrier, sizeof bits);
+  change(bits);
+  if (bits.arrivals == 0 && bits.bytes == 0) bits = {0, 1, static_cast<uint16_t>(bits.parity ^ 1)};
+  std::memcpy(barrier, &bits, sizeof bits);
+}
 
 inline void* in_block(void* mine, int rank) {
   return emulated::shared_memory_of(rank) + (static_cast<char*>(mine) - shared_memory());
 }
-inline void store_to_block(Vector* mine, int rank, const Vector& v) { *static_cast<Vector*>(in_block(mine, rank)) = v; }
 inline void init_barrier(Barrier* barrier, uint32_t arrivals) {
-  *barrier = arrivals | static_cast<uint64_t>(arrivals) << kMissing;
+  const BarrierBits bits{0, static_cast<uint16_t>(arrivals), 0};
+  std::memcpy(barrier, &bits, sizeof bits);
 }
 inline void publish_barriers() {}
-inline void arrive_at_block(Barrier* mine, int rank) {
+inline void expect_bytes(Barrier* barrier, uint32_t bytes) {
   emulated::yield();
-  Barrier& barrier = *static_cast<Barrier*>(in_block(mine, rank));
-  barrier -= 1ull << kMissing;
-  const uint64_t arrivals = barrier & ((1ull << kMissing) - 1), low = (1ull << kParity) - 1;
-  if ((barrier & low) >> kMissing) return;
-  barrier = (~barrier & 1ull << kParity) | arrivals << kMissing | arrivals;
+  change(barrier, [&](BarrierBits& bits) {
+    if (bits.arrivals == 0) std::abort();  // told twice in a phase
+    bits.arrivals = 0;
+    bits.bytes += static_cast<int32_t>(bytes);
+  });
+}
+inline void store_to_block(Vector* mine, int rank, const Vector& v, Barrier* barrier) {
+  emulated::yield();
+  *static_cast<Vector*>(in_block(mine, rank)) = v;
+  change(in_block(barrier, rank), [](BarrierBits& bits) { bits.bytes -= static_cast<int32_t>(sizeof(Vector)); });
 }
 inline bool phase_ended(Barrier* barrier, uint32_t parity) {
   emulated::yield();
-  return *barrier >> kParity != parity;
+  BarrierBits bits;
+  std::memcpy(&bits, barrier, sizeof bits);
+  return bits.parity != parity;
 }
 inline void cluster_barrier() { emulated::barrier_of_cluster(); }
 
-inline void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  emulated::mma(emulated::Kind::bf16, d, {a0, a1, a2, a3}, {b0, b1});
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulated::mma(emulated::Kind::bf16, d, a, {b0, b1});
 }
-inline void mma_f16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  emulated::mma(emulated::Kind::f16, d, {a0, a1, a2, a3}, {b0, b1});
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulated::mma(emulated::Kind::f16, d, a, {b0, b1});
 }
-inline void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  emulated::mma(emulated::Kind::tf32, d, {a0, a1, a2, a3}, {b0, b1});
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulated::mma(emulated::Kind::tf32, d, a, {b0, b1});
 }
 
 }  // namespace fastrnn::cuda
