@@ -109,7 +109,7 @@ struct ScanArgs {
   float* slots;            // the epilogue's state between steps, where a block has several passes
   uint32_t* status;        // device memory, zero; not zero once a wait ran out
   uint32_t* report;        // the same for the host to read, or null
-  uint32_t poll_limit;     // how often a wait looks before it gives up
+  uint32_t poll_limit;     // how often a wait looks at global memory before it gives up, below 2^28
 
   FASTRNN_HD int64_t pass_rows() const { return int64_t{tiling.batch_tiles} * kTileRows; }
   FASTRNN_HD int64_t passes() const { return ceil_div(B, pass_rows()); }

@@ -23,12 +23,12 @@ struct Portion {
   int count;     // of batch tiles that hold rows
 };
 
-// Gives up when `ready` stays false for too long, or when someone else has given up.
+// Gives up when `ready` stays false for `looks`, or when someone else has given up.
 template <class Ready>
-FASTRNN_DEVICE bool poll(const ScanArgs& args, Ready ready) {
+FASTRNN_DEVICE bool poll(const ScanArgs& args, uint32_t looks, Ready ready) {
   for (uint32_t i = 1; !ready(); ++i) {
     if (i % 1024 == 0 && load_acquire(args.status)) return false;
-    if (i < args.poll_limit) continue;
+    if (i < looks) continue;
     store_release(args.status, 1);
     if (args.report) store_for_host(args.report, 1);
     return false;
@@ -64,7 +64,7 @@ class GridExchange {
     for (int n = 0; n < some.count; ++n) {
       for (int i = thread_index() % 32; i < count && ok; i += 32) {
         const uint32_t* const f = flag(some, n, awaited(i));
-        ok = poll(args_, [&] { return load_acquire(f) >= number; });
+        ok = poll(args_, args_.poll_limit, [&] { return load_acquire(f) >= number; });
       }
     }
     return ok;
@@ -136,7 +136,8 @@ class ClusterExchange {
     const int n = thread_index() % 32;
     if (n >= some.count) return true;
     Barrier* const b = barriers_ + index(o, some, n);
-    if (!poll(args_, [&] { return phase_ended(b, o / 2 % 2); })) return false;
+    const uint32_t looks = 16 * args_.poll_limit;  // at a block's own memory, which takes so much less
+    if (!poll(args_, looks, [&] { return phase_ended(b, o / 2 % 2); })) return false;
     if (thread_index() == n) expect(b);  // for number o + 2; this thread is in warp 0
     return true;
   }

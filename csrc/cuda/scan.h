@@ -155,7 +155,7 @@ class Scan {
     return {pass, own_tile, count};
   }
 
-  // ---- weights: [unit tile][chunk][gate tile, half, 32] vectors, the first chunks in shared memory
+  // ---- weights: [unit tile][chunk][gate tile, 2, 32] vectors, the first chunks in shared memory
 
   FASTRNN_DEVICE int unit_tile(int local) const { return place_.slice * tiling_.unit_tiles + local; }
   FASTRNN_DEVICE Vector* resident(int local) const {
