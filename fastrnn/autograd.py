@@ -198,7 +198,9 @@ def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, T
     problem, backend, plain, _ = route
     if backend.differentiable:
         return backend.forward(problem, inputs, False)[:4]
-    if not problem.grad:
+    if not problem.grad or (not plain and torch.compiler.is_exporting()):
+        # In exported programs the operator stands alone, with its own gradients (_operator): strict
+        # export would put Scan.forward there, under the no_grad that a Function's forward runs in.
         return route.forward(inputs, False)[:4]
     x, batch_sizes, lengths, reset, states, weights = inputs
     apply = _apply_plain if plain else Scan.apply

@@ -17,6 +17,7 @@ import fastrnn
 import fastrnn.onnx
 
 layers = pytest.mark.parametrize(("torch_kind", "kind", "options"), LAYERS)
+strictness = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 I, H = 4, 6
 
 
@@ -57,16 +58,21 @@ def gradients(model: nn.Module, arguments: tuple[Tensor, ...]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("how", ["plain", "hx", "lengths", "reset"])
+@pytest.mark.parametrize(
+    ("how", "strict"),
+    [("plain", False), ("hx", False), ("lengths", False), ("reset", False), ("lengths", True)],
+)
 @layers
-def test_dynamic_program_round_trip(torch_kind: Any, kind: Any, options: Any, how: str) -> None:
+def test_dynamic_program_round_trip(
+    torch_kind: Any, kind: Any, options: Any, how: str, strict: bool
+) -> None:
     """Exported, saved and loaded, the model runs and trains at every T and B."""
     model = Model(kind(I, H, 2, bidirectional=True, **options), how)
     (*_, last) = fastrnn.explain(model.layer, torch.ones(2, 2, I))
     if last.serves == "reference":
         pytest.skip(str(last))
     program = torch.export.export(
-        model, model.arguments(5, 3), dynamic_shapes=model.dynamic_shapes()
+        model, model.arguments(5, 3), dynamic_shapes=model.dynamic_shapes(), strict=strict
     )
     file = io.BytesIO()
     torch.export.save(program, file)
@@ -99,12 +105,25 @@ def test_exported_for_inference(torch_kind: Any, kind: Any, options: Any) -> Non
     torch.testing.assert_close(found, expected)
 
 
+@strictness
 @pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
-def test_cell(torch_kind: Any, kind: Any, options: Any) -> None:
+def test_cell(torch_kind: Any, kind: Any, options: Any, strict: bool) -> None:
     cell, B = kind(I, H, **options), torch.export.Dim("B")
-    program = torch.export.export(cell, (torch.randn(3, I),), dynamic_shapes={"input": {0: B}})
-    x = torch.randn(5, I)
-    torch.testing.assert_close(program.module()(x), cell(x))
+    program = torch.export.export(
+        cell, (torch.randn(3, I),), dynamic_shapes={"input": {0: B}}, strict=strict
+    )
+    module, x = program.module(), torch.randn(5, I)
+    torch.testing.assert_close(module(x), cell(x))
+    torch.testing.assert_close(gradients(module, (x,)), gradients(cell, (x,)))
+
+
+@strictness
+def test_decomposed_program_keeps_the_gradients(strict: bool) -> None:
+    """Those of a layer that keeps only some states, too."""
+    layer, x = fastrnn.GRU(I, H, 2, recompute=2), torch.randn(5, 3, I)
+    module = torch.export.export(layer, (x,), strict=strict).run_decompositions().module()
+    torch.testing.assert_close(module(x), layer(x))
+    torch.testing.assert_close(gradients(module, (x,)), gradients(layer, (x,)))
 
 
 def run_onnx(program: Any, arguments: tuple[Tensor, ...]) -> list[Tensor]:
