@@ -292,6 +292,12 @@ def _check_input(x: Tensor, batch_sizes: Tensor | None) -> int:
     if batch_sizes is None:
         return x.shape[1]
     if not torch.compiler.is_compiling():
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError(
+                "torch.jit.trace would record the batch sizes of this packed sequence as constants "
+                "and give wrong results for others: call the layer with lengths= on the padded "
+                "batch, or trace after fastrnn.revert(model)"
+            )
         check_batch_sizes(batch_sizes, x.shape[0])
     return int(batch_sizes[0])
 

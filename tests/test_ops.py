@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import LAYERS, Case, make_inputs
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
 from fastrnn.backends import BACKENDS
@@ -115,6 +116,38 @@ def test_trace_records_plain_torch(backend: str) -> None:
         traced = torch.jit.trace(layer, torch.randn(5, 3, 4))
         x = torch.randn(5, 3, 4)
         torch.testing.assert_close(traced(x)[0], layer(x)[0])
+
+
+class PadsAndPacks(nn.Module):
+    """A layer over a PackedSequence, or over the padded batch and its lengths."""
+
+    def __init__(self, layer: nn.Module, packs: bool) -> None:
+        super().__init__()
+        self.layer, self.packs = layer, packs
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        if not self.packs:
+            return self.layer(x, lengths=lengths)[0]
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return pad_packed_sequence(self.layer(packed)[0], total_length=len(x))[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), LAYERS)
+def test_trace_refuses_a_packed_sequence(torch_kind: Any, kind: Any, options: Any) -> None:
+    """It would have the batch sizes for constants; what the message advises has not."""
+    layer, x = kind(4, 6, 2, bidirectional=True, **options), torch.randn(5, 3, 4)
+    given, other = torch.tensor([5, 3, 2]), torch.tensor([1, 5, 4])
+    packs, masks = PadsAndPacks(layer, True), PadsAndPacks(layer, False)
+    with torch.no_grad():
+        expected = packs(x, other)
+        with pytest.raises(RuntimeError, match=r"lengths= .* fastrnn.revert\(model\)"):
+            torch.jit.trace(packs, (x, given))
+        torch.testing.assert_close(torch.jit.trace(masks, (x, given))(x, other), expected)
+        fastrnn.revert(packs)
+        torch.testing.assert_close(torch.jit.trace(packs, (x, given))(x, other), expected)
 
 
 def test_profiler_and_modes_see_the_operator(backend: str) -> None:
