@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .backends import BACKENDS, Inputs, Problem, choose, refusal
+from .functional import is_autocast
 from .modules import Layers, Step
 
 
@@ -115,9 +116,8 @@ def _time_first(layer: Layers, input: Tensor | PackedSequence) -> tuple[Tensor, 
 
 
 def _computed_in(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if is_autocast(x.device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 

@@ -161,7 +161,7 @@ def layer(
         RuntimeError: shapes, dtypes or devices do not fit together, or the sequence is empty.
         ValueError: a length is below 0 or above T.
     """
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    if torch._C._is_any_autocast_enabled() and is_autocast(x.device):
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.get_autocast_dtype(x.device.type)
             states = None if states is None else tuple(cast(s, dtype) for s in states)
@@ -271,6 +271,12 @@ def _pair(states: States | None) -> tuple[Tensor | None, Tensor | None]:
     if not states:
         return None, None
     return states[0], states[1] if len(states) > 1 else None
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether an autocast region casts what is on the device: there is none for a meta device."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

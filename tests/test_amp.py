@@ -11,6 +11,8 @@ from helpers import LAYERS, STEPS, assert_within_budget, call
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+import fastrnn
+
 layers = pytest.mark.parametrize(("torch_kind", "kind", "options"), LAYERS)
 cells = pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
 sixteen_bits = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -185,6 +187,22 @@ def test_gradient_scaler(torch_kind: Any, kind: Any, options: Any, dtype: torch.
     scaler.scale(model(x).mean()).backward()
     scaler.step(optimizer)
     assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), [*LAYERS, *STEPS])
+def test_meta_device_has_no_autocast(
+    torch_kind: Any, kind: Any, options: Any, autocast: bool
+) -> None:
+    """As in torch.nn: what is there keeps the dtype of the weights."""
+    x = torch.randn(T, I, device="meta")
+    with torch.autocast("cpu", enabled=autocast):
+        theirs, ours = (
+            tree_leaves(k(I, H, device="meta", **options)(x)) for k in (torch_kind, kind)
+        )
+        if issubclass(kind, nn.RNNBase):
+            assert fastrnn.explain(kind(I, H, **options), x)[0].problem.dtype == torch.float32
+    assert [(t.shape, t.dtype) for t in ours] == [(t.shape, t.dtype) for t in theirs]
 
 
 @layers

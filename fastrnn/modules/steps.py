@@ -23,7 +23,7 @@ class Step(RNNCellBase):
         raise NotImplementedError
 
     def _run(self, input: Tensor, hx: States | None) -> States:
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
+        if torch._C._is_any_autocast_enabled() and functional.is_autocast(input.device):
             return self._run_without_autocast(input, hx)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
