@@ -112,6 +112,53 @@ def test_autocast_leaves_a_step_in_the_dtype_of_its_weights(
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("lead", [(B,), ()])
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_states_can_be_detached_in_place(
+    torch_kind: Any, kind: Any, options: Any, lead: tuple[int, ...], backend: str, grad: bool
+) -> None:
+    """As loops over chunks of a sequence do; a view cannot."""
+    step, hx = kind(I, H, **options), None
+    with using(backend), torch.set_grad_enabled(grad):
+        for _ in range(2):
+            hx = step(torch.randn(*lead, I), hx)
+            for state in as_tuple(hx):
+                assert state.requires_grad == grad
+                state.detach_()
+                assert not state.requires_grad
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_states_can_be_edited_in_place(
+    torch_kind: Any, kind: Any, options: Any, backend: str, create_graph: bool
+) -> None:
+    """With the gradients of the same loop out of place in torch.nn, whose RNN cells save them."""
+    double = {"dtype": torch.float64}
+    theirs, ours = torch_kind(I, H, **options, **double), kind(I, H, **options, **double)
+    ours.load_state_dict(theirs.state_dict())
+    x, mask = torch.randn(3, B, I, **double), torch.rand(B, H, **double)
+
+    def gradients(step: nn.Module, edit: Any) -> Any:
+        leaf, hx, total = x.clone().requires_grad_(), None, torch.zeros((), **double)
+        wanted = (leaf, *step.parameters())
+        for row in leaf:
+            edited = [edit(state, mask) for state in as_tuple(step(row, hx))]
+            total = total + sum(state.sum() for state in edited)
+            hx = tuple(edited) if len(edited) > 1 else edited[0]
+        found = torch.autograd.grad(total, wanted, create_graph=create_graph)
+        if not create_graph:
+            return found
+        return torch.autograd.grad(sum(g.square().sum() for g in found), wanted)
+
+    with using(backend):
+        found = gradients(ours, Tensor.mul_)
+    torch.testing.assert_close(found, gradients(theirs, Tensor.mul))
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_every_cell_tells_its_shapes(name: str) -> None:
     """The table that the kernels and the layers rely on agrees with the step itself."""

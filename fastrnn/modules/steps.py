@@ -33,8 +33,9 @@ class Step(RNNCellBase):
             states = tuple(s.unsqueeze(0) for s in states)
         weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
         _, ends, _ = functional.layer(self._cell, x.unsqueeze(0), states, weights)
-        ends = tuple(s.squeeze(0) for s in ends)
-        return ends if batched else tuple(s.squeeze(0) for s in ends)
+        # In place, so that they are no views: those cannot be detached in place, as loops do.
+        ends = tuple(s.squeeze_(0) for s in ends)
+        return ends if batched else tuple(s.squeeze_(0) for s in ends)
 
     def _run_without_autocast(self, input: Tensor, hx: States | None) -> States:
         """In the dtype of the weights: a state handed on from step to step in 16 bits decays."""
