@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -187,3 +188,24 @@ def test_rnnbase_and_isinstance() -> None:
     assert isinstance(fastrnn.LSTMCell(2, 3), nn.modules.rnn.RNNCellBase)
     assert fastrnn.LSTM(2, 3).mode == "LSTM"
     assert fastrnn.RNN(2, 3, nonlinearity="relu").mode == "RNN_RELU"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@layers
+def test_helpers_of_subclasses(torch_kind: Any, kind: Any, options: Any, packed: bool) -> None:
+    """The methods that a forward copied from torch.nn calls."""
+    theirs, ours = (k(I, H, 2, batch_first=True, **options) for k in (torch_kind, kind))
+    x = torch.randn(B + 1, I) if packed else torch.randn(B, T, I)
+    sizes = torch.tensor([B, 1]) if packed else None
+    order, (hx, wrong) = torch.randperm(B), (torch.randn(2, n, H) for n in (B, B + 1))
+    if torch_kind is nn.LSTM:
+        hx, wrong = (hx, hx + 1), (wrong, wrong)
+    ours.check_forward_args(x, hx, sizes)
+    torch.testing.assert_close(ours.permute_hidden(hx, order), theirs.permute_hidden(hx, order))
+    assert ours.permute_hidden(hx, None) is hx
+    if torch_kind is nn.LSTM:
+        assert ours.get_expected_cell_size(x, sizes) == theirs.get_expected_cell_size(x, sizes)
+    with pytest.raises(RuntimeError) as expected:
+        theirs.check_forward_args(x, wrong, sizes)
+    with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
+        ours.check_forward_args(x, wrong, sizes)

@@ -336,6 +336,10 @@ class LSTM(Layers):
     """
 
     _kind = "LSTM"
+    # RNNBase's own know of one state only; subclasses with a forward of their own call these.
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
 
     def __init__(
         self,
