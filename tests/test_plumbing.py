@@ -209,3 +209,18 @@ def test_helpers_of_subclasses(torch_kind: Any, kind: Any, options: Any, packed:
         theirs.check_forward_args(x, wrong, sizes)
     with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
         ours.check_forward_args(x, wrong, sizes)
+
+
+@layers
+def test_every_argument_by_position(torch_kind: Any, kind: Any, options: Any) -> None:
+    """A proj_size of 0 by position is one that torch.nn.GRU and RNN take, too."""
+    nonlinearity = [options.get("nonlinearity", "tanh")] if torch_kind is nn.RNN else []
+    args = (I, H, 1, *nonlinearity, True, False, 0.0, False, 0, "cpu", torch.float64)
+    theirs, ours = torch_kind(*args), kind(*args)
+    assert repr(ours) == repr(theirs)
+    assert ours.proj_size == 0
+    assert {p.dtype for p in ours.parameters()} == {torch.float64}
+    if torch_kind is nn.LSTM:
+        return
+    with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
+        kind(I, H, proj_size=2, **options)

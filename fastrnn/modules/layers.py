@@ -279,7 +279,7 @@ class RNN(Layers):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        proj_size: None = None,
+        proj_size: int | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
@@ -428,7 +428,7 @@ class GRU(Layers):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        proj_size: None = None,
+        proj_size: int | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
@@ -452,6 +452,7 @@ class GRU(Layers):
         self._keep_every(recompute)
 
 
-def _refuse_projection(proj_size: object) -> None:
-    if proj_size is not None:
+def _refuse_projection(proj_size: int | None) -> None:
+    # torch.nn takes a 0 by position only, which a signature that skip_init can read cannot tell.
+    if proj_size:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
