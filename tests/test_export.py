@@ -126,6 +126,21 @@ def test_decomposed_program_keeps_the_gradients(strict: bool) -> None:
     torch.testing.assert_close(gradients(module, (x,)), gradients(layer, (x,)))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), [*LAYERS, *STEPS])
+def test_script_runs_torchs_layers(torch_kind: Any, kind: Any, options: Any) -> None:
+    """A script is refused with words on what to do, which leave the model as it was."""
+    model, x = nn.Sequential(nn.Linear(I, I), kind(I, H, **options)), torch.randn(5, I)
+    with pytest.raises(RuntimeError, match=r"script\(fastrnn.revert\(model\)\).*convert\(model\)"):
+        torch.jit.script(model)
+    assert type(model[1]) is kind
+    scripted = torch.jit.script(fastrnn.revert(model))
+    assert type(fastrnn.convert(model)[1]) is kind
+    torch.testing.assert_close(scripted(x), model(x))
+    for p, q in zip(scripted.parameters(), model.parameters(), strict=True):
+        assert p is q
+
+
 def run_onnx(program: Any, arguments: tuple[Tensor, ...]) -> list[Tensor]:
     model = program.model_proto
     onnx.checker.check_model(model, full_check=True)

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import functional
 from ..backends import Weights
 from ..cells import States
+from .tracing import NotScriptable
 
 Device = torch.device | str | int | None
 
@@ -21,7 +22,7 @@ Device = torch.device | str | int | None
 OWN_OPTIONS = ("return_states", "weight_dropout", "recompute")
 
 
-class Layers(RNNBase):
+class Layers(NotScriptable, RNNBase):
     """What RNN, LSTM and GRU share. Parameters, their names and their initialisation are
     RNNBase's."""
 

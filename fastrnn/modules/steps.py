@@ -11,9 +11,10 @@ from torch.nn.modules.rnn import RNNCellBase
 from .. import functional
 from ..cells import CELLS, States
 from .layers import Device
+from .tracing import NotScriptable
 
 
-class Step(RNNCellBase):
+class Step(NotScriptable, RNNCellBase):
     """What the cells share: one step of a layer. The parameters are RNNCellBase's."""
 
     _kind: ClassVar[str]
