@@ -29,7 +29,11 @@ def convert(module: M) -> M:
     only their class changes, so optimizers, references held elsewhere and checkpoints go on
     working. `module`, which is returned, may itself be a layer. Subclasses of torch.nn's layers are
     left alone, because they may override what fastrnn would replace; parametrized layers are
-    converted. :func:`revert` undoes it."""
+    converted. :func:`revert` undoes it.
+
+    ``isinstance(layer, torch.nn.LSTM)`` is False from then on, because torch.compile refuses to
+    look into instances of torch.nn's LSTM, GRU and RNN. What holds before and after is
+    ``isinstance(layer, torch.nn.RNNBase)``, or ``torch.nn.modules.rnn.RNNCellBase`` of a cell."""
     return _exchange(module, _TO_FAST)
 
 
