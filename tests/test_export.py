@@ -141,6 +141,47 @@ def test_script_runs_torchs_layers(torch_kind: Any, kind: Any, options: Any) -> 
         assert p is q
 
 
+class Chain(nn.Module):
+    """A layer or cell among others, called twice: without and with states."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.before, self.inner = nn.Linear(I, I), inner
+        self.is_layer = isinstance(inner, nn.RNNBase)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.before(x)
+        found = self.inner(x)
+        return found, self.inner(x, found[1] if self.is_layer else found)
+
+
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), [*LAYERS, *STEPS])
+def test_fx_traces_a_call_as_one_node(torch_kind: Any, kind: Any, options: Any) -> None:
+    theirs, ours = Chain(torch_kind(I, H, **options)), Chain(kind(I, H, **options))
+    expected, graph = (torch.fx.symbolic_trace(m).graph for m in (theirs, ours))
+    assert [(n.op, n.target) for n in graph.nodes] == [(n.op, n.target) for n in expected.nodes]
+    traced = torch.fx.symbolic_trace(ours)
+    assert traced.inner is ours.inner
+    for x in (torch.randn(5, I), torch.randn(7, I)):
+        torch.testing.assert_close(traced(x), ours(x))
+        torch.testing.assert_close(gradients(traced, (x,)), gradients(ours, (x,)))
+
+
+def test_fx_keeps_the_options_of_a_call() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = fastrnn.GRU(I, H)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Any:
+            return self.layer(x, lengths=lengths)[0]
+
+    model, x = Masked(), torch.randn(5, 3, I)
+    traced = torch.fx.symbolic_trace(model)
+    for lengths in (torch.tensor([5, 0, 2]), torch.tensor([1, 4, 3])):
+        torch.testing.assert_close(traced(x, lengths), model(x, lengths))
+
+
 def run_onnx(program: Any, arguments: tuple[Tensor, ...]) -> list[Tensor]:
     model = program.model_proto
     onnx.checker.check_model(model, full_check=True)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import functional
 from ..backends import Weights
 from ..cells import States
-from .tracing import NotScriptable
+from .tracing import NotScriptable, Proxy, record
 
 Device = torch.device | str | int | None
 
@@ -79,6 +79,8 @@ class Layers(NotScriptable, RNNBase):
             if lengths is not None or reset is not None:
                 raise RuntimeError("a PackedSequence takes neither lengths nor reset")
             return self._forward_packed(input, hx)
+        if isinstance(input, Proxy):
+            return record(self, input, hx, lengths=lengths, reset=reset, reset_hx=reset_hx)
         rank = input.dim()
         if rank not in (2, 3):
             raise ValueError(self._rank_text.format(self._kind, rank))

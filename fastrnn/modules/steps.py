@@ -11,7 +11,7 @@ from torch.nn.modules.rnn import RNNCellBase
 from .. import functional
 from ..cells import CELLS, States
 from .layers import Device
-from .tracing import NotScriptable
+from .tracing import NotScriptable, Proxy, record
 
 
 class Step(NotScriptable, RNNCellBase):
@@ -74,6 +74,9 @@ class Step(NotScriptable, RNNCellBase):
 class _StepOfOneState(Step):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: input [B, input_size], hx and result [B, hidden_size]; or all without B."""
+        if isinstance(input, Proxy):
+            node: Tensor = record(self, input, hx)
+            return node
         self._check_rank(input, "input")
         if hx is not None:
             self._check_rank(hx, "hidden")
@@ -129,6 +132,9 @@ class LSTMCell(Step):
     ) -> tuple[Tensor, Tensor]:
         """One step: input [B, input_size], hx and result (h, c), both [B, hidden_size]; or all
         without B."""
+        if isinstance(input, Proxy):
+            nodes: tuple[Tensor, Tensor] = record(self, input, hx)
+            return nodes
         self._check_rank(input, "input")
         if hx is not None:
             if isinstance(hx, Tensor):
