@@ -142,9 +142,9 @@ def test_weight_gradients_of_blocks(cell: str, packed: bool) -> None:
 @interpreted
 def test_parts_that_never_come_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid whose programs are not all there ends, and with NaN rather than a wrong number."""
-    from fastrnn.backends.triton import kernels, scan
+    from fastrnn.backends.triton import handoff, scan
 
-    monkeypatch.setattr(kernels, "SPINS", 3)
+    monkeypatch.setattr(handoff, "SPINS", 3)
     monkeypatch.setattr(
         scan.Layer, "counters", lambda self: torch.full((1, 1), -99, dtype=torch.int32)
     )

@@ -20,269 +20,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# About a second of polling an L2 counter: a grid that is resident needs microseconds.
-SPINS = tl.constexpr(1 << 20)
+from .handoff import announce, await_parts
+from .products import factor, hold, product_backward, product_forward
+from .tiles import (
+    add_at,
+    add_tiles,
+    goes_backwards,
+    is_cut,
+    lengths_of,
+    load_states,
+    load_tiles,
+    row_of,
+    select,
+    store_states,
+    store_tiles,
+    zeros,
+)
+
 # What changes from call to call must not lead to another specialization.
 VARYING = ["T", "B", "backwards", "begin", "end"]
 
 
 @triton.jit
-def _row(t, b, B, offsets):
-    """Row of step t of batch row b in tensors of [N, ...]."""
-    if offsets is None:
-        return t.to(tl.int64) * B + b
-    else:
-        return tl.load(offsets + t) + b
-
-
-@triton.jit
-def _lengths(b, T, B, lengths):
-    if lengths is None:
-        return tl.where(b < B, T, 0)
-    else:
-        return tl.load(lengths + b, mask=b < B, other=0)
-
-
-@triton.jit
-def _is_cut(t, b, B, backward, length, reset):
-    """Whether a reset cuts the row before the step t, in the group's own direction: going forward
-    reset[t] does, going backwards reset[t + 1]. There is no step T, and no cut before it."""
-    at = t + backward
-    return tl.load(reset + at.to(tl.int64) * B + b, mask=at < length, other=0) != 0
-
-
-@triton.jit
-def _load_tiles(base, row, width, u, mask, H, COUNT: tl.constexpr):
-    """`COUNT` tiles of float32 that lie side by side, H apart, in rows of [N, width]."""
-    tiles = ()
-    for k in tl.static_range(COUNT):
-        at = base + row[None, :] * width + (k * H + u)[:, None]
-        tiles = tiles + (tl.load(at, mask=mask, other=0.0).to(tl.float32),)
-    return tiles
-
-
-@triton.jit
-def _store_tiles(base, row, width, u, mask, H, tiles, COUNT: tl.constexpr):
-    for k in tl.static_range(COUNT):
-        at = base + row[None, :] * width + (k * H + u)[:, None]
-        tl.store(at, tiles[k].to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _load_states(h, c, at, mask, STATES: tl.constexpr):
-    states = (tl.load(h + at, mask=mask, other=0.0).to(tl.float32),)
-    if STATES > 1:
-        states = states + (tl.load(c + at, mask=mask, other=0.0).to(tl.float32),)
-    return states
-
-
-@triton.jit
-def _store_states(h, c, at, mask, states, STATES: tl.constexpr):
-    tl.store(h + at, states[0], mask=mask)
-    if STATES > 1:
-        tl.store(c + at, states[1], mask=mask)
-
-
-@triton.jit
-def _select(condition, yes, no, COUNT: tl.constexpr):
-    tiles = ()
-    for k in tl.static_range(COUNT):
-        tiles = tiles + (tl.where(condition, yes[k], no[k]),)
-    return tiles
-
-
-@triton.jit
-def _zeros(H: tl.constexpr, W: tl.constexpr, COUNT: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros((H, W), tl.float32),)
-    return tiles
-
-
-@triton.jit
-def _sum(left, right, COUNT: tl.constexpr):
-    tiles = ()
-    for k in tl.static_range(COUNT):
-        tiles = tiles + (left[k] + right[k],)
-    return tiles
-
-
-@triton.jit
-def _add(tiles, tile, AT: tl.constexpr, COUNT: tl.constexpr):
-    """`tiles` with `tile` added to the one at `AT`."""
-    sums = ()
-    for k in tl.static_range(COUNT):
-        sums = sums + (tiles[k] + tile if k == AT else tiles[k],)
-    return sums
-
-
-@triton.jit
 def _cut_back(ds, cuts, cut, BU: tl.constexpr, BB: tl.constexpr, STATES: tl.constexpr):
     """Where a reset cuts the row, its gradients go to `cuts` rather than to the step before."""
-    nothing = _zeros(BU, BB, STATES)
-    cuts = _sum(cuts, _select(cut, ds, nothing, STATES), STATES)
-    return _select(cut, nothing, ds, STATES), cuts
-
-
-@triton.jit
-def _goes_backwards(backwards):
-    """Bit g of `backwards` for this program's group g; past the last bit there is but its sign."""
-    return ((backwards.to(tl.int64) >> tl.minimum(tl.program_id(2), 63)) & 1).to(tl.int32)
-
-
-@triton.jit
-def _factor(tile, PRECISION: tl.constexpr):
-    """A product's factor, rounded to TF32 where the tensor cores would cut it off to that."""
-    if PRECISION == "tf32" and tile.dtype == tl.float32:
-        bits = tile.to(tl.int32, bitcast=True)
-        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        tile = tl.where(tile == tile, rounded, tile)
-    return tile
-
-
-@triton.jit
-def _weight(w_hh, gate, u, k, H, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """The tile [units u, k] of one gate of W_hh [gates*H, H], or of its transpose."""
-    mask = (u < H)[:, None] & (k < H)[None, :]
-    if TRANSPOSED:
-        at = (gate * H + k).to(tl.int64)[None, :] * H + u[:, None]
-    else:
-        at = (gate * H + u).to(tl.int64)[:, None] * H + k[None, :]
-    return _factor(tl.load(w_hh + at, mask=mask, other=0.0), PRECISION)
-
-
-@triton.jit
-def _hold(
-    w_hh,
-    u,
-    H,
-    BK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    GATES: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The program's part of W_hh: for every gate its chunks of `BK` columns."""
-    tiles = ()
-    for gate in tl.static_range(GATES):
-        for chunk in tl.static_range(CHUNKS):
-            k = chunk * BK + tl.arange(0, BK)
-            tiles = tiles + (_weight(w_hh, gate, u, k, H, TRANSPOSED, PRECISION),)
-    return tiles
-
-
-@triton.jit
-def _announce(arrived):
-    """Tell the programs of the same rows that this one's part is in global memory."""
-    if arrived is not None:
-        tl.debug_barrier()  # all threads have stored when one of them releases
-        tl.atomic_add(arrived, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def _await(arrived, parts, came):
-    """Wait for `parts` announcements; False if they did not come, which then shows as NaN. Who has
-    waited in vain once, `came` being False, does not wait again."""
-    if arrived is not None:
-        seen = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
-        spins = 0
-        while (seen < parts) & (spins < SPINS) & came:
-            seen = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
-            spins += 1
-        tl.debug_barrier()
-        came = came & (seen >= parts)
-    return came
-
-
-@triton.jit
-def _exchanged(at, mask, came, PRECISION: tl.constexpr):
-    """A factor that other programs wrote: from L2, as this SM's L1 may have an older one."""
-    tile = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-    return _factor(tl.where(came, tile, float("nan")).to(tile.dtype), PRECISION)
-
-
-@triton.jit
-def _product_forward(
-    w_hh,
-    held,
-    exchange,
-    b,
-    B,
-    u,
-    H,
-    came,
-    BU: tl.constexpr,
-    BB: tl.constexpr,
-    BK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    HELD: tl.constexpr,
-    GATES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """W_hh h of every gate, h coming from `exchange` [B, H]."""
-    sums = _zeros(BU, BB, GATES)
-    rows = b.to(tl.int64)[None, :] * H
-    if HELD:
-        for chunk in tl.static_range(CHUNKS):
-            k = chunk * BK + tl.arange(0, BK)
-            there = (k < H)[:, None] & (b < B)[None, :]
-            h = _exchanged(exchange + rows + k[:, None], there, came, PRECISION)
-            added = ()
-            for gate in tl.static_range(GATES):
-                tile = held[gate * CHUNKS + chunk]
-                added = added + (tl.dot(tile, h, sums[gate], input_precision=PRECISION),)
-            sums = added
-    else:
-        for chunk in range(CHUNKS):
-            k = chunk * BK + tl.arange(0, BK)
-            there = (k < H)[:, None] & (b < B)[None, :]
-            h = _exchanged(exchange + rows + k[:, None], there, came, PRECISION)
-            added = ()
-            for gate in tl.static_range(GATES):
-                tile = _weight(w_hh, gate, u, k, H, False, PRECISION)
-                added = added + (tl.dot(tile, h, sums[gate], input_precision=PRECISION),)
-            sums = added
-    return sums
-
-
-@triton.jit
-def _product_backward(
-    w_hh,
-    held,
-    dgates,
-    row,
-    width,
-    known,
-    u,
-    H,
-    came,
-    BU: tl.constexpr,
-    BB: tl.constexpr,
-    BK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    HELD: tl.constexpr,
-    GATES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """W_hh^T dgates, summed over the gates; dgates [N, width] is read where `known`."""
-    total = tl.zeros((BU, BB), tl.float32)
-    if HELD:
-        for gate in tl.static_range(GATES):
-            for chunk in tl.static_range(CHUNKS):
-                k = chunk * BK + tl.arange(0, BK)
-                at = dgates + row[None, :] * width + (gate * H + k)[:, None]
-                part = _exchanged(at, (k < H)[:, None] & known[None, :], came, PRECISION)
-                tile = held[gate * CHUNKS + chunk]
-                total = tl.dot(tile, part, total, input_precision=PRECISION)
-    else:
-        for chunk in range(CHUNKS):
-            k = chunk * BK + tl.arange(0, BK)
-            for gate in tl.static_range(GATES):
-                at = dgates + row[None, :] * width + (gate * H + k)[:, None]
-                part = _exchanged(at, (k < H)[:, None] & known[None, :], came, PRECISION)
-                tile = _weight(w_hh, gate, u, k, H, True, PRECISION)
-                total = tl.dot(tile, part, total, input_precision=PRECISION)
-    return total
+    nothing = zeros(BU, BB, STATES)
+    cuts = add_tiles(cuts, select(cut, ds, nothing, STATES), STATES)
+    return select(cut, nothing, ds, STATES), cuts
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -323,11 +87,11 @@ def forward_scan(
     PRECISION: tl.constexpr,
 ):
     g = tl.program_id(2).to(tl.int64)
-    backward = _goes_backwards(backwards)
+    backward = goes_backwards(backwards)
     u = tl.program_id(1) * BU + tl.arange(0, BU)
     b = tl.program_id(0) * BB + tl.arange(0, BB)
     inside = (u < H)[:, None] & (b < B)[None, :]
-    length = _lengths(b, T, B, lengths)
+    length = lengths_of(b, T, B, lengths)
     state_at = (g * B + b)[None, :] * H + u[:, None]
 
     w_hh += g * GATES * H * H
@@ -337,7 +101,7 @@ def forward_scan(
         arrived += g * tl.num_programs(0) + tl.program_id(0)
     held = ()
     if HELD:
-        held = _hold(w_hh, u, H, BK, CHUNKS, GATES, False, PRECISION)
+        held = hold(w_hh, u, H, BK, CHUNKS, GATES, False, PRECISION)
     bias_x = ()
     bias_h = ()
     if bias is not None:
@@ -347,29 +111,29 @@ def forward_scan(
             at += GATES * H
             bias_h = bias_h + (tl.load(at, mask=u < H, other=0.0).to(tl.float32)[:, None],)
 
-    states = _load_states(h, c, state_at, inside, STATES)
+    states = load_states(h, c, state_at, inside, STATES)
     t = begin + backward * (T - 1 - 2 * begin)
-    row = _row(t, b, B, offsets)
+    row = row_of(t, b, B, offsets)
     active = t < length
-    x = _load_tiles(gates_x, row, G * GATES * H, u, inside & active[None, :], H, GATES)
+    x = load_tiles(gates_x, row, G * GATES * H, u, inside & active[None, :], H, GATES)
     came = tl.full((), True, tl.int1)
     for s in range(begin, end):
         t_next = tl.where(s + 1 < T, t + 1 - 2 * backward, T)
-        row_next = _row(tl.minimum(t_next, T - 1), b, B, offsets)
+        row_next = row_of(tl.minimum(t_next, T - 1), b, B, offsets)
         active_next = t_next < length
         # The next step's gates, if it is this launch's, are on their way while this one computes.
         ahead = inside & (tl.where(s + 1 < end, t_next, T) < length)[None, :]
-        x_next = _load_tiles(gates_x, row_next, G * GATES * H, u, ahead, H, GATES)
+        x_next = load_tiles(gates_x, row_next, G * GATES * H, u, ahead, H, GATES)
 
         if WHOLE:
             r = ()
-            operand = _factor(states[0].to(w_hh.dtype.element_ty), PRECISION)
+            operand = factor(states[0].to(w_hh.dtype.element_ty), PRECISION)
             for gate in tl.static_range(GATES):
                 r = r + (tl.dot(held[gate], operand, input_precision=PRECISION),)
         else:
-            came = _await(arrived, s * tl.num_programs(1), came)
+            came = await_parts(arrived, s * tl.num_programs(1), came)
             slot = exchange + ((s % 2) * G + g) * B * H
-            r = _product_forward(
+            r = product_forward(
                 w_hh, held, slot, b, B, u, H, came, BU, BB, BK, CHUNKS, HELD, GATES, PRECISION
             )
         if bias is not None:
@@ -383,35 +147,35 @@ def forward_scan(
         c_old = states[STATES - 1]
         new, kept = FORWARD(x, r, states)
 
-        states = _select(active[None, :], new, states, STATES)
+        states = select(active[None, :], new, states, STATES)
         shown = states
         if reset is not None:
-            cut = _is_cut(t_next, b, B, backward, length, reset)
-            fresh = _zeros(BU, BB, STATES)
+            cut = is_cut(t_next, b, B, backward, length, reset)
+            fresh = zeros(BU, BB, STATES)
             if h_reset is not None:
-                fresh = _load_states(h_reset, c_reset, state_at, inside & cut[None, :], STATES)
-            states = _select(cut[None, :], fresh, states, STATES)
+                fresh = load_states(h_reset, c_reset, state_at, inside & cut[None, :], STATES)
+            states = select(cut[None, :], fresh, states, STATES)
         if not WHOLE:
             slot = exchange + ((s + 1) % 2 * G + g) * B * H
             part = slot + b.to(tl.int64)[None, :] * H + u[:, None]
             tl.store(part, states[0].to(slot.dtype.element_ty), mask=inside)
-            _announce(arrived)
+            announce(arrived)
 
         # What nobody waits for comes last.
         running = inside & active[None, :]
         if saved is not None:
-            _store_tiles(saved + g * SAVED * H, row, G * SAVED * H, u, running, H, kept, SAVED)
+            store_tiles(saved + g * SAVED * H, row, G * SAVED * H, u, running, H, kept, SAVED)
             if STATES > 1:
-                _store_tiles(c_before + g * H, row, G * H, u, running, H, (c_old,), 1)
+                store_tiles(c_before + g * H, row, G * H, u, running, H, (c_old,), 1)
         written = running
         if offsets is None:  # a padded row gets zeros past its length
             written = inside
-        shown = _select(active[None, :], shown, _zeros(BU, BB, STATES), STATES)
-        _store_tiles(y, row, G * H, u, written, H, shown, 1)
+        shown = select(active[None, :], shown, zeros(BU, BB, STATES), STATES)
+        store_tiles(y, row, G * H, u, written, H, shown, 1)
         if c_all is not None:
-            _store_tiles(c_all + g * H, row, G * H, u, written, H, (shown[STATES - 1],), 1)
+            store_tiles(c_all + g * H, row, G * H, u, written, H, (shown[STATES - 1],), 1)
         t, row, active, x = t_next, row_next, active_next, x_next
-    _store_states(h, c, state_at, inside, states, STATES)
+    store_states(h, c, state_at, inside, states, STATES)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -452,11 +216,11 @@ def backward_scan(
     PRECISION: tl.constexpr,
 ):
     g = tl.program_id(2).to(tl.int64)
-    backward = _goes_backwards(backwards)
+    backward = goes_backwards(backwards)
     u = tl.program_id(1) * BU + tl.arange(0, BU)
     b = tl.program_id(0) * BB + tl.arange(0, BB)
     inside = (u < H)[:, None] & (b < B)[None, :]
-    length = _lengths(b, T, B, lengths)
+    length = lengths_of(b, T, B, lengths)
     state_at = (g * B + b)[None, :] * H + u[:, None]
     width = G * GATES * H
 
@@ -467,10 +231,10 @@ def backward_scan(
         arrived += g * tl.num_programs(0) + tl.program_id(0)
     held = ()
     if HELD:
-        held = _hold(w_hh, u, H, BK, CHUNKS, GATES, True, PRECISION)
+        held = hold(w_hh, u, H, BK, CHUNKS, GATES, True, PRECISION)
 
-    ds = _load_states(h, c, state_at, inside, STATES)
-    cuts = _zeros(BU, BB, STATES)
+    ds = load_states(h, c, state_at, inside, STATES)
+    cuts = zeros(BU, BB, STATES)
     came = tl.full((), True, tl.int1)
     for k in range(begin, end):
         s = T - 1 - k
@@ -478,60 +242,60 @@ def backward_scan(
         if not WHOLE:
             t_done = tl.where(k > 0, t + 1 - 2 * backward, T)
             known = t_done < length
-            row_done = _row(tl.minimum(t_done, T - 1), b, B, offsets)
-            came = _await(arrived, k * tl.num_programs(1), came)
-            product = _product_backward(
+            row_done = row_of(tl.minimum(t_done, T - 1), b, B, offsets)
+            came = await_parts(arrived, k * tl.num_programs(1), came)
+            product = product_backward(
                 w_hh, held, dgates_h, row_done, width, known, u, H, came,
                 BU, BB, BK, CHUNKS, HELD, GATES, PRECISION,
             )  # fmt: skip
-            ds = _add(ds, product, 0, STATES)
+            ds = add_at(ds, product, 0, STATES)
             if reset is not None:
-                cut = _is_cut(t_done, b, B, backward, length, reset)
+                cut = is_cut(t_done, b, B, backward, length, reset)
                 ds, cuts = _cut_back(ds, cuts, cut[None, :], BU, BB, STATES)
 
         t = tl.where(k < T, t, T)
         active = t < length
-        row = _row(tl.minimum(t, T - 1), b, B, offsets)
+        row = row_of(tl.minimum(t, T - 1), b, B, offsets)
         running = inside & active[None, :]
-        kept = _load_tiles(saved, row, G * SAVED * H, u, running, H, SAVED)
-        before = _zeros(BU, BB, 1)
+        kept = load_tiles(saved, row, G * SAVED * H, u, running, H, SAVED)
+        before = zeros(BU, BB, 1)
         if h_before is not None:
-            before = _load_tiles(h_before + g * H, row, G * H, u, running, H, 1)
+            before = load_tiles(h_before + g * H, row, G * H, u, running, H, 1)
         if STATES > 1:
-            before = before + _load_tiles(c_before + g * H, row, G * H, u, running, H, 1)
+            before = before + load_tiles(c_before + g * H, row, G * H, u, running, H, 1)
         # Nothing comes in where a row does not run, so that nothing goes out.
-        incoming = _select(active[None, :], ds, _zeros(BU, BB, STATES), STATES)
+        incoming = select(active[None, :], ds, zeros(BU, BB, STATES), STATES)
         if dy is not None:
-            part = _load_tiles(dy + g * H, row, G * H, u, running, H, 1)
-            incoming = _add(incoming, part[0], 0, STATES)
+            part = load_tiles(dy + g * H, row, G * H, u, running, H, 1)
+            incoming = add_at(incoming, part[0], 0, STATES)
         if dc_all is not None:
-            part = _load_tiles(dc_all + g * H, row, G * H, u, running, H, 1)
-            incoming = _add(incoming, part[0], STATES - 1, STATES)
+            part = load_tiles(dc_all + g * H, row, G * H, u, running, H, 1)
+            incoming = add_at(incoming, part[0], STATES - 1, STATES)
         dx, dr, outgoing = BACKWARD(kept, before, incoming)
-        ds = _select(active[None, :], outgoing, ds, STATES)
+        ds = select(active[None, :], outgoing, ds, STATES)
         written = running
         if offsets is None:  # a padded row gets zeros past its length
             written = inside & (t < tl.where(b < B, T, 0))[None, :]
-        _store_tiles(dgates_h, row, width, u, written, H, dr, GATES)
+        store_tiles(dgates_h, row, width, u, written, H, dr, GATES)
         if dgates_x is not None:
-            _store_tiles(dgates_x + g * GATES * H, row, width, u, written, H, dx, GATES)
+            store_tiles(dgates_x + g * GATES * H, row, width, u, written, H, dx, GATES)
 
         if WHOLE:
             product = tl.zeros((BU, BB), tl.float32)
             for gate in tl.static_range(GATES):
-                operand = _factor(dr[gate].to(w_hh.dtype.element_ty), PRECISION)
+                operand = factor(dr[gate].to(w_hh.dtype.element_ty), PRECISION)
                 product = tl.dot(held[gate], operand, product, input_precision=PRECISION)
-            ds = _add(ds, product, 0, STATES)
+            ds = add_at(ds, product, 0, STATES)
             if reset is not None:
-                cut = _is_cut(t, b, B, backward, length, reset)
+                cut = is_cut(t, b, B, backward, length, reset)
                 ds, cuts = _cut_back(ds, cuts, cut[None, :], BU, BB, STATES)
         else:
-            _announce(arrived)
-    _store_states(h, c, state_at, inside, ds, STATES)
+            announce(arrived)
+    store_states(h, c, state_at, inside, ds, STATES)
     if dh_reset is not None:
-        added = _load_states(dh_reset, dc_reset, state_at, inside, STATES)
-        total = _sum(added, cuts, STATES)
-        _store_states(dh_reset, dc_reset, state_at, inside, total, STATES)
+        added = load_states(dh_reset, dc_reset, state_at, inside, STATES)
+        total = add_tiles(added, cuts, STATES)
+        store_states(dh_reset, dc_reset, state_at, inside, total, STATES)
 
 
 @triton.jit(do_not_specialize=["T", "B", "backwards"])
@@ -556,14 +320,14 @@ def gather_before(
     b = tl.program_id(0) % tiles * BB + tl.arange(0, BB)
     u = tl.program_id(1) * BU + tl.arange(0, BU)
     g = tl.program_id(2).to(tl.int64)
-    backward = _goes_backwards(backwards)
-    length = _lengths(b, T, B, lengths)
+    backward = goes_backwards(backwards)
+    length = lengths_of(b, T, B, lengths)
     active = t < length
     t_before = t - 1 + 2 * backward
     t_before = tl.where(t_before < 0, T, t_before)
     follows = t_before < length
-    row = _row(t, b, B, offsets)
-    row_before = _row(tl.minimum(t_before, T - 1), b, B, offsets)
+    row = row_of(t, b, B, offsets)
+    row_before = row_of(tl.minimum(t_before, T - 1), b, B, offsets)
 
     units = (u < H)[None, :]
     at = y + row_before[:, None] * G * H + g * H + u[None, :]
@@ -574,7 +338,7 @@ def gather_before(
         initial = tl.load(h0 + state_at, mask=starts[:, None] & units, other=0.0)
         h = tl.where(starts[:, None], initial, h)
     if reset is not None:
-        cut = _is_cut(t, b, B, backward, length, reset) & active
+        cut = is_cut(t, b, B, backward, length, reset) & active
         fresh = tl.zeros_like(h)
         if h_reset is not None:
             fresh = tl.load(h_reset + state_at, mask=cut[:, None] & units, other=0.0)
