@@ -30,6 +30,7 @@ from .tiles import (
     lengths_of,
     load_states,
     load_tiles,
+    relaid,
     row_of,
     select,
     store_states,
@@ -178,6 +179,46 @@ def forward_scan(
     store_states(h, c, state_at, inside, states, STATES)
 
 
+@triton.jit
+def _time_from_end(k, T, backward):
+    """t of step k counted from the last; T where there is no such step."""
+    s = T - 1 - k
+    return tl.where((s >= 0) & (s < T), s + backward * (T - 1 - 2 * s), T)
+
+
+@triton.jit
+def _load_step(
+    saved,
+    h_before,
+    c_before,
+    dy,
+    dc_all,
+    row,
+    u,
+    mask,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    STATES: tl.constexpr,
+    SAVED: tl.constexpr,
+    BU: tl.constexpr,
+    BB: tl.constexpr,
+):
+    """What a step back reads: what forward kept, the states before, and y's and c's gradients."""
+    kept = load_tiles(saved, row, G * SAVED * H, u, mask, H, SAVED)
+    before = zeros(BU, BB, 1)
+    if h_before is not None:
+        before = load_tiles(h_before, row, G * H, u, mask, H, 1)
+    if STATES > 1:
+        before = before + load_tiles(c_before, row, G * H, u, mask, H, 1)
+    dy_here = ()
+    if dy is not None:
+        dy_here = load_tiles(dy, row, G * H, u, mask, H, 1)
+    dc_here = ()
+    if dc_all is not None:
+        dc_here = load_tiles(dc_all, row, G * H, u, mask, H, 1)
+    return kept, before, dy_here, dc_here
+
+
 @triton.jit(do_not_specialize=VARYING)
 def backward_scan(
     dy,  # [N, G*H] or None
@@ -227,6 +268,14 @@ def backward_scan(
     w_hh += g * GATES * H * H
     dgates_h += g * GATES * H
     saved += g * SAVED * H
+    if h_before is not None:
+        h_before += g * H
+    if STATES > 1:
+        c_before += g * H
+    if dy is not None:
+        dy += g * H
+    if dc_all is not None:
+        dc_all += g * H
     if arrived is not None:
         arrived += g * tl.num_programs(0) + tl.program_id(0)
     held = ()
@@ -236,11 +285,24 @@ def backward_scan(
     ds = load_states(h, c, state_at, inside, STATES)
     cuts = zeros(BU, BB, STATES)
     came = tl.full((), True, tl.int1)
+    t = _time_from_end(begin, T, backward)
+    row = row_of(tl.minimum(t, T - 1), b, B, offsets)
+    running = inside & (t < length)[None, :]
+    kept, before, dy_here, dc_here = _load_step(
+        saved, h_before, c_before, dy, dc_all, row, u, running, G, H, STATES, SAVED, BU, BB
+    )
     for k in range(begin, end):
-        s = T - 1 - k
-        t = s + backward * (T - 1 - 2 * s)
+        t_next = _time_from_end(k + 1, T, backward)
+        row_next = row_of(tl.minimum(t_next, T - 1), b, B, offsets)
+        # As going forward, what the next step reads is on its way while this one computes.
+        ahead = inside & (tl.where(k + 1 < end, t_next, T) < length)[None, :]
+        kept_next, before_next, dy_next, dc_next = _load_step(
+            saved, h_before, c_before, dy, dc_all, row_next, u, ahead,
+            G, H, STATES, SAVED, BU, BB,
+        )  # fmt: skip
+
         if not WHOLE:
-            t_done = tl.where(k > 0, t + 1 - 2 * backward, T)
+            t_done = _time_from_end(k - 1, T, backward)
             known = t_done < length
             row_done = row_of(tl.minimum(t_done, T - 1), b, B, offsets)
             came = await_parts(arrived, k * tl.num_programs(1), came)
@@ -248,29 +310,19 @@ def backward_scan(
                 w_hh, held, dgates_h, row_done, width, known, u, H, came,
                 BU, BB, BK, CHUNKS, HELD, GATES, PRECISION,
             )  # fmt: skip
-            ds = add_at(ds, product, 0, STATES)
+            ds = add_at(ds, relaid(product, BU, BB), 0, STATES)
             if reset is not None:
                 cut = is_cut(t_done, b, B, backward, length, reset)
                 ds, cuts = _cut_back(ds, cuts, cut[None, :], BU, BB, STATES)
 
-        t = tl.where(k < T, t, T)
         active = t < length
-        row = row_of(tl.minimum(t, T - 1), b, B, offsets)
         running = inside & active[None, :]
-        kept = load_tiles(saved, row, G * SAVED * H, u, running, H, SAVED)
-        before = zeros(BU, BB, 1)
-        if h_before is not None:
-            before = load_tiles(h_before + g * H, row, G * H, u, running, H, 1)
-        if STATES > 1:
-            before = before + load_tiles(c_before + g * H, row, G * H, u, running, H, 1)
         # Nothing comes in where a row does not run, so that nothing goes out.
         incoming = select(active[None, :], ds, zeros(BU, BB, STATES), STATES)
         if dy is not None:
-            part = load_tiles(dy + g * H, row, G * H, u, running, H, 1)
-            incoming = add_at(incoming, part[0], 0, STATES)
+            incoming = add_at(incoming, dy_here[0], 0, STATES)
         if dc_all is not None:
-            part = load_tiles(dc_all + g * H, row, G * H, u, running, H, 1)
-            incoming = add_at(incoming, part[0], STATES - 1, STATES)
+            incoming = add_at(incoming, dc_here[0], STATES - 1, STATES)
         dx, dr, outgoing = BACKWARD(kept, before, incoming)
         ds = select(active[None, :], outgoing, ds, STATES)
         written = running
@@ -285,12 +337,14 @@ def backward_scan(
             for gate in tl.static_range(GATES):
                 operand = factor(dr[gate].to(w_hh.dtype.element_ty), PRECISION)
                 product = tl.dot(held[gate], operand, product, input_precision=PRECISION)
-            ds = add_at(ds, product, 0, STATES)
+            ds = add_at(ds, relaid(product, BU, BB), 0, STATES)
             if reset is not None:
                 cut = is_cut(t, b, B, backward, length, reset)
                 ds, cuts = _cut_back(ds, cuts, cut[None, :], BU, BB, STATES)
         else:
             announce(arrived)
+        t, row = t_next, row_next
+        kept, before, dy_here, dc_here = kept_next, before_next, dy_next, dc_next
     store_states(h, c, state_at, inside, ds, STATES)
     if dh_reset is not None:
         added = load_states(dh_reset, dc_reset, state_at, inside, STATES)

@@ -100,3 +100,12 @@ def add_at(tiles, tile, AT: tl.constexpr, COUNT: tl.constexpr):
     for k in tl.static_range(COUNT):
         sums = sums + (tiles[k] + tile if k == AT else tiles[k],)
     return sums
+
+
+@triton.jit
+def relaid(tile, BU: tl.constexpr, BB: tl.constexpr):
+    """The same tile, taken apart and put together. Triton gives whatever is computed with a
+    product's sum the layout in which tensor cores leave it, in which the threads of a narrow tile
+    do the same work several times over; through here no layout passes."""
+    low, high = tl.split(tl.permute(tl.reshape(tile, (BU // 2, 2, BB)), (0, 2, 1)))
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (BU, BB))
