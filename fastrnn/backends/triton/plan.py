@@ -53,7 +53,8 @@ class Plan(NamedTuple):
     slices: int  # of the units
 
 
-_ROWS = 16  # of the narrowest tile; fewer would save little, and be one more kernel to compile
+_ROWS = {"cuda": 8, "hip": 16}  # of the narrowest tile that tensor cores take
+_LANES = {"cuda": 32, "hip": 64}  # of a warp
 # Units and rows of a grid's tiles: the smallest that are all resident spread the work best. From
 # the fourth on, LSTM's kernels spill about 100 bytes a thread, which is still the lesser evil.
 _TILES = ((16, 16), (32, 16), (16, 32), (64, 16), (32, 32), (16, 64), (64, 32), (64, 64))
@@ -67,7 +68,7 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 def whole(scan: Scan, limits: Limits) -> Plan | str:
     """One program a tile of the batch runs the sequence alone, with all of W_hh on chip."""
-    units, rows = power_of_two(scan.H, 16), _ROWS
+    units, rows = power_of_two(scan.H, 16), _ROWS[limits.kind]
     needed = scan.cell.gates * units * units * scan.dtype.itemsize
     # Backward, those of all gates and dh change layout at once.
     tile = (scan.cell.gates + 1) * units * scan.dtype.itemsize
@@ -82,7 +83,7 @@ def whole(scan: Scan, limits: Limits) -> Plan | str:
         if needed > _room(limits, units, 2 * rows * tile):
             break
         rows *= 2
-    warps = 8 if units > 64 else 4
+    warps = 8 if units * rows >= 16 * _LANES[limits.kind] else 4  # two elements a thread
     tiles = _ceil(scan.B, rows)
     return Plan(units, rows, units, 1, warps, True, True, False, tiles, 1)
 
