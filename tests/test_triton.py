@@ -228,9 +228,12 @@ def test_every_plan_covers_its_scan(limits: plan.Limits, dtype: torch.dtype, exa
                     assert p.chunks * p.BK >= H
                     assert p.slices == 1 or not p.whole
                     assert not p.resident or G * p.tiles * p.slices <= limits.processors
-                    held = cell.gates * p.BU * p.BK * p.chunks
+                    assert p.joined == 1 or p.joined >= cell.gates
+                    held = max(cell.gates, p.joined) * p.BU * p.BK * p.chunks
                     # As compiled for sm_90: backward, a whole tile's gates and dh change layout.
-                    moved = (cell.gates + 1) * p.BU * p.BB if p.whole else p.BK * p.BB + 1024
+                    moved = p.joined * p.BK * p.BB + 1024
+                    if p.whole:
+                        moved = (cell.gates + 1) * p.BU * p.BB
                     needed = (held + moved) * dtype.itemsize
                     assert not p.held or limits.kind == "hip" or needed <= limits.shared
 

@@ -84,7 +84,7 @@ class Call(NamedTuple):
         return which | {
             "GATES": cell.gates, "STATES": cell.states, "SAVED": cell.saved,
             "G": self.scan.G, "H": self.scan.H, "BU": p.BU, "BB": p.BB, "BK": p.BK,
-            "CHUNKS": p.chunks, "HELD": p.held, "WHOLE": p.whole,
+            "CHUNKS": p.chunks, "HELD": p.held, "WHOLE": p.whole, "JOINED": p.joined,
             "PRECISION": "ieee" if self.scan.exact else "tf32",
         }  # fmt: skip
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from .handoff import announce, await_parts
-from .products import factor, hold, product_backward, product_forward
+from .products import add_products, factor, gates_of, hold, product_backward, product_forward
 from .tiles import (
     add_at,
     add_tiles,
@@ -85,15 +85,18 @@ def forward_scan(
     CHUNKS: tl.constexpr,
     HELD: tl.constexpr,
     WHOLE: tl.constexpr,
+    JOINED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     g = tl.program_id(2).to(tl.int64)
     backward = goes_backwards(backwards)
-    u = tl.program_id(1) * BU + tl.arange(0, BU)
+    first = tl.program_id(1) * BU
+    u = first + tl.arange(0, BU)
     b = tl.program_id(0) * BB + tl.arange(0, BB)
     inside = (u < H)[:, None] & (b < B)[None, :]
     length = lengths_of(b, T, B, lengths)
     state_at = (g * B + b)[None, :] * H + u[:, None]
+    COUNT: tl.constexpr = 1 if JOINED > 1 else GATES
 
     w_hh += g * GATES * H * H
     gates_x += g * GATES * H
@@ -102,7 +105,7 @@ def forward_scan(
         arrived += g * tl.num_programs(0) + tl.program_id(0)
     held = ()
     if HELD:
-        held = hold(w_hh, u, H, BK, CHUNKS, GATES, False, PRECISION)
+        held = hold(w_hh, first, H, BU, BK, CHUNKS, GATES, JOINED, False, PRECISION)
     bias_x = ()
     bias_h = ()
     if bias is not None:
@@ -127,16 +130,17 @@ def forward_scan(
         x_next = load_tiles(gates_x, row_next, G * GATES * H, u, ahead, H, GATES)
 
         if WHOLE:
-            r = ()
             operand = factor(states[0].to(w_hh.dtype.element_ty), PRECISION)
-            for gate in tl.static_range(GATES):
-                r = r + (tl.dot(held[gate], operand, input_precision=PRECISION),)
+            sums = zeros(JOINED * BU, BB, COUNT)
+            sums = add_products(sums, held, operand, 0, COUNT, PRECISION)
+            r = gates_of(sums, BU, BB, GATES, JOINED)
         else:
             came = await_parts(arrived, s * tl.num_programs(1), came)
             slot = exchange + ((s % 2) * G + g) * B * H
             r = product_forward(
-                w_hh, held, slot, b, B, u, H, came, BU, BB, BK, CHUNKS, HELD, GATES, PRECISION
-            )
+                w_hh, held, slot, b, B, first, H, came,
+                BU, BB, BK, CHUNKS, HELD, GATES, JOINED, PRECISION,
+            )  # fmt: skip
         if bias is not None:
             with_x = ()
             with_h = ()
@@ -254,16 +258,20 @@ def backward_scan(
     CHUNKS: tl.constexpr,
     HELD: tl.constexpr,
     WHOLE: tl.constexpr,
+    JOINED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     g = tl.program_id(2).to(tl.int64)
     backward = goes_backwards(backwards)
-    u = tl.program_id(1) * BU + tl.arange(0, BU)
+    first = tl.program_id(1) * BU
+    u = first + tl.arange(0, BU)
     b = tl.program_id(0) * BB + tl.arange(0, BB)
     inside = (u < H)[:, None] & (b < B)[None, :]
     length = lengths_of(b, T, B, lengths)
     state_at = (g * B + b)[None, :] * H + u[:, None]
     width = G * GATES * H
+    # Tiles of 64 units have rows for all warps.
+    BEHIND: tl.constexpr = 1 if WHOLE or BU >= 64 else JOINED
 
     w_hh += g * GATES * H * H
     dgates_h += g * GATES * H
@@ -280,7 +288,7 @@ def backward_scan(
         arrived += g * tl.num_programs(0) + tl.program_id(0)
     held = ()
     if HELD:
-        held = hold(w_hh, u, H, BK, CHUNKS, GATES, True, PRECISION)
+        held = hold(w_hh, first, H, BU, BK, CHUNKS, GATES, BEHIND, True, PRECISION)
 
     ds = load_states(h, c, state_at, inside, STATES)
     cuts = zeros(BU, BB, STATES)
@@ -307,8 +315,8 @@ def backward_scan(
             row_done = row_of(tl.minimum(t_done, T - 1), b, B, offsets)
             came = await_parts(arrived, k * tl.num_programs(1), came)
             product = product_backward(
-                w_hh, held, dgates_h, row_done, width, known, u, H, came,
-                BU, BB, BK, CHUNKS, HELD, GATES, PRECISION,
+                w_hh, held, dgates_h, row_done, width, known, first, H, came,
+                BU, BB, BK, CHUNKS, HELD, GATES, BEHIND, PRECISION,
             )  # fmt: skip
             ds = add_at(ds, relaid(product, BU, BB), 0, STATES)
             if reset is not None:

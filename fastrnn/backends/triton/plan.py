@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     held: a program loads its part of W_hh once.
     resident: all programs run at the same time and hand h over by flags; else, where not whole, a
         launch does one step.
+    joined: gates whose products are one; 1, or all of them and then a power of two.
     """
 
     BU: int
@@ -49,6 +50,7 @@ class Plan(NamedTuple):
     whole: bool
     held: bool
     resident: bool
+    joined: int
     tiles: int  # of the batch
     slices: int  # of the units
 
@@ -69,7 +71,8 @@ def power_of_two(n: int, least: int = 1) -> int:
 def whole(scan: Scan, limits: Limits) -> Plan | str:
     """One program a tile of the batch runs the sequence alone, with all of W_hh on chip."""
     units, rows = power_of_two(scan.H, 16), _ROWS[limits.kind]
-    needed = scan.cell.gates * units * units * scan.dtype.itemsize
+    weights = units * units * scan.dtype.itemsize  # of one gate
+    needed = scan.cell.gates * weights
     # Backward, those of all gates and dh change layout at once.
     tile = (scan.cell.gates + 1) * units * scan.dtype.itemsize
     room = _room(limits, units, rows * tile)
@@ -84,15 +87,19 @@ def whole(scan: Scan, limits: Limits) -> Plan | str:
             break
         rows *= 2
     warps = 8 if units * rows >= 16 * _LANES[limits.kind] else 4  # two elements a thread
+    joined = _all_gates(scan)
+    if limits.kind == "hip" or joined * weights > _room(limits, units, rows * tile):
+        joined = 1
     tiles = _ceil(scan.B, rows)
-    return Plan(units, rows, units, 1, warps, True, True, False, tiles, 1)
+    return Plan(units, rows, units, 1, warps, True, True, False, joined, tiles, 1)
 
 
 def grid(scan: Scan, limits: Limits) -> Plan | str:
     """Programs that own some units each and are all resident hand h over by flags. Those that hold
     their part of W_hh come first, those that read it from L2 at every step second."""
-    for held, (units, rows) in product((True, False), _TILES):
-        plan = _part(scan, units, rows, held)
+    joins = (_all_gates(scan), 1)
+    for held, (units, rows), joined in product((True, False), _TILES, joins):
+        plan = _part(scan, units, rows, held, joined)
         if _is_resident(plan, scan, limits) and (not held or _fits(plan, scan, limits)):
             return plan
     return (
@@ -103,7 +110,7 @@ def grid(scan: Scan, limits: Limits) -> Plan | str:
 
 def steps(scan: Scan, limits: Limits) -> Plan | str:
     """A launch a step, for what is too large to be resident."""
-    return _part(scan, 32, 16, held=False)._replace(resident=False)
+    return _part(scan, 32, 16, False, _all_gates(scan))._replace(resident=False)
 
 
 REGIMES: tuple[Regime, ...] = (whole, grid, steps)
@@ -124,17 +131,23 @@ def plan(scan: Scan, limits: Limits) -> Plan:
     raise RuntimeError("no regime of the Triton kernels takes this scan: " + "; ".join(reasons))
 
 
-def _part(scan: Scan, units: int, rows: int, held: bool) -> Plan:
+def _all_gates(scan: Scan) -> int:
+    """How many gates one product may have. Ordinary units gain nothing from it."""
+    return 1 if scan.exact else power_of_two(scan.cell.gates)
+
+
+def _part(scan: Scan, units: int, rows: int, held: bool, joined: int) -> Plan:
     columns = _columns(scan, held)
     return Plan(
         BU=units,
         BB=rows,
         BK=columns,
         chunks=_ceil(scan.H, columns),
-        warps=4 if units * rows <= (256 if held else 512) else 8,
+        warps=4 if units * rows <= 256 else 8,
         whole=False,
         held=held,
         resident=True,
+        joined=joined,
         tiles=_ceil(scan.B, rows),
         slices=_ceil(scan.H, units),
     )
@@ -159,8 +172,9 @@ def _fits(plan: Plan, scan: Scan, limits: Limits) -> bool:
     if scan.exact:
         return False  # the compiler unrolls ordinary products with tiles that are held, for minutes
     size = scan.dtype.itemsize
-    weights = scan.cell.gates * plan.BU * plan.chunks * plan.BK * size
-    return weights <= _room(limits, plan.BU, plan.BK * plan.BB * size + _SPARE)
+    weights = max(scan.cell.gates, plan.joined) * plan.BU * plan.chunks * plan.BK * size
+    operand = plan.joined * plan.BK * plan.BB * size
+    return weights <= _room(limits, plan.BU, operand + _SPARE)
 
 
 def _room(limits: Limits, units: int, tiles: int) -> int:

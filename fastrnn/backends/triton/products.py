@@ -1,11 +1,18 @@
-"""The recurrent products: tiles of W_hh with what the programs of the same rows made."""
+"""The recurrent products: tiles of W_hh with what the programs of the same rows made.
+
+A tensor core's product has 16 rows for each warp, of which a grid's low tiles have too few: all
+warps would do the same work. And what each gate's product leaves in its own layout would be
+converted apart. Therefore `JOINED` gates have one product, three as four of which one is zeros.
+Forward the gates have the right factor in common: those of a unit are rows below one another of the
+left one, [4 BU, BK]. Backward they have the sum in common: [4, BU, BK] times [4, BK, BB], a gate
+for each warp, added up in the end. With `JOINED` 1 every gate has a product of its own."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .tiles import zeros
+from .tiles import relaid
 
 
 @triton.jit
@@ -19,41 +26,127 @@ def factor(tile, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _weight(w_hh, gate, u, k, H, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """The tile [units u, k] of one gate of W_hh [gates*H, H], or of its transpose."""
-    mask = (u < H)[:, None] & (k < H)[None, :]
-    if TRANSPOSED:
-        at = (gate * H + k).to(tl.int64)[None, :] * H + u[:, None]
-    else:
+def _exchanged(at, mask, PRECISION: tl.constexpr):
+    """A factor that other programs wrote: from L2, as this SM's L1 may have an older one."""
+    return factor(tl.load(at, mask=mask, other=0.0, cache_modifier=".cg"), PRECISION)
+
+
+@triton.jit
+def _empty(came, M: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
+    """Sums to add to: NaN in a program that waited in vain, whose factors are not there."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + (tl.where(came, tl.zeros((M, N), tl.float32), float("nan")),)
+    return sums
+
+
+@triton.jit
+def weights_forward(
+    w_hh,
+    first,
+    k,
+    H,
+    BU: tl.constexpr,
+    GATES: tl.constexpr,
+    JOINED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The columns k of W_hh [GATES*H, H] for the units from `first`, a tile for each product."""
+    m = tl.arange(0, JOINED * BU)
+    u = first + m // JOINED
+    tiles = ()
+    for at_gate in tl.static_range(0, GATES, JOINED):
+        gate = at_gate + m % JOINED
+        mask = ((u < H) & (gate < GATES))[:, None] & (k < H)[None, :]
         at = (gate * H + u).to(tl.int64)[:, None] * H + k[None, :]
-    return factor(tl.load(w_hh + at, mask=mask, other=0.0), PRECISION)
+        tiles = tiles + (factor(tl.load(w_hh + at, mask=mask, other=0.0), PRECISION),)
+    return tiles
+
+
+@triton.jit
+def weights_backward(
+    w_hh,
+    first,
+    k,
+    H,
+    BU: tl.constexpr,
+    BK: tl.constexpr,
+    GATES: tl.constexpr,
+    JOINED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The same of each gate's transpose."""
+    u = first + tl.arange(0, BU)[None, :, None]
+    k = k[None, None, :]
+    tiles = ()
+    for at_gate in tl.static_range(0, GATES, JOINED):
+        gate = at_gate + tl.arange(0, JOINED)[:, None, None]
+        mask = (u < H) & (gate < GATES) & (k < H)
+        at = (gate * H + k).to(tl.int64) * H + u
+        tile = factor(tl.load(w_hh + at, mask=mask, other=0.0), PRECISION)
+        tiles = tiles + (_flat(tile, BU, BK, JOINED),)
+    return tiles
+
+
+@triton.jit
+def _flat(tile, M: tl.constexpr, N: tl.constexpr, JOINED: tl.constexpr):
+    """[1, M, N] as a matrix: only those multiply on Hopper's own tensor instructions."""
+    if JOINED == 1:
+        tile = tl.reshape(tile, (M, N))
+    return tile
 
 
 @triton.jit
 def hold(
     w_hh,
-    u,
+    first,
     H,
+    BU: tl.constexpr,
     BK: tl.constexpr,
     CHUNKS: tl.constexpr,
     GATES: tl.constexpr,
+    JOINED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The program's part of W_hh: for every gate its chunks of `BK` columns."""
-    tiles = ()
-    for gate in tl.static_range(GATES):
-        for chunk in tl.static_range(CHUNKS):
-            k = chunk * BK + tl.arange(0, BK)
-            tiles = tiles + (_weight(w_hh, gate, u, k, H, TRANSPOSED, PRECISION),)
-    return tiles
+    """The program's part of W_hh: the tiles of all chunks of `BK` columns."""
+    held = ()
+    for chunk in tl.static_range(CHUNKS):
+        k = chunk * BK + tl.arange(0, BK)
+        if TRANSPOSED:
+            held = held + weights_backward(w_hh, first, k, H, BU, BK, GATES, JOINED, PRECISION)
+        else:
+            held = held + weights_forward(w_hh, first, k, H, BU, GATES, JOINED, PRECISION)
+    return held
 
 
 @triton.jit
-def _exchanged(at, mask, came, PRECISION: tl.constexpr):
-    """A factor that other programs wrote: from L2, as this SM's L1 may have an older one."""
-    tile = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-    return factor(tl.where(came, tile, float("nan")).to(tile.dtype), PRECISION)
+def add_products(
+    sums, tiles, operand, FIRST: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`sums` and the products of `COUNT` tiles, from `FIRST` on, with one operand."""
+    added = ()
+    for p in tl.static_range(COUNT):
+        tile = tiles[FIRST + p]
+        added = added + (tl.dot(tile, operand, sums[p], input_precision=PRECISION),)
+    return added
+
+
+@triton.jit
+def gates_of(sums, BU: tl.constexpr, BB: tl.constexpr, GATES: tl.constexpr, JOINED: tl.constexpr):
+    """Each gate's tile [BU, BB] from the sums of the products forward."""
+    if JOINED == 1:
+        gates = ()
+        for gate in tl.static_range(GATES):
+            gates = gates + (relaid(sums[gate], BU, BB),)
+        return gates
+    else:
+        # Rows are u * 4 + gate. The gates leave the product's layout as `relaid` tiles do.
+        pairs = tl.permute(tl.reshape(sums[0], (BU, 2, 2, BB)), (0, 3, 2, 1))
+        low, high = tl.split(pairs)
+        gates = tl.split(low)
+        third, fourth = tl.split(high)
+        return gates + ((third, fourth) if GATES > 3 else (third,))
 
 
 @triton.jit
@@ -63,7 +156,7 @@ def product_forward(
     exchange,
     b,
     B,
-    u,
+    first,
     H,
     came,
     BU: tl.constexpr,
@@ -72,32 +165,31 @@ def product_forward(
     CHUNKS: tl.constexpr,
     HELD: tl.constexpr,
     GATES: tl.constexpr,
+    JOINED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """W_hh h of every gate, h coming from `exchange` [B, H]."""
-    sums = zeros(BU, BB, GATES)
-    rows = b.to(tl.int64)[None, :] * H
+    COUNT: tl.constexpr = 1 if JOINED > 1 else GATES
+    sums = _empty(came, JOINED * BU, BB, COUNT)
     if HELD:
         for chunk in tl.static_range(CHUNKS):
-            k = chunk * BK + tl.arange(0, BK)
-            there = (k < H)[:, None] & (b < B)[None, :]
-            h = _exchanged(exchange + rows + k[:, None], there, came, PRECISION)
-            added = ()
-            for gate in tl.static_range(GATES):
-                tile = held[gate * CHUNKS + chunk]
-                added = added + (tl.dot(tile, h, sums[gate], input_precision=PRECISION),)
-            sums = added
+            h = _h(exchange, b, B, chunk, H, BK, PRECISION)
+            sums = add_products(sums, held, h, chunk * COUNT, COUNT, PRECISION)
     else:
         for chunk in range(CHUNKS):
+            h = _h(exchange, b, B, chunk, H, BK, PRECISION)
             k = chunk * BK + tl.arange(0, BK)
-            there = (k < H)[:, None] & (b < B)[None, :]
-            h = _exchanged(exchange + rows + k[:, None], there, came, PRECISION)
-            added = ()
-            for gate in tl.static_range(GATES):
-                tile = _weight(w_hh, gate, u, k, H, False, PRECISION)
-                added = added + (tl.dot(tile, h, sums[gate], input_precision=PRECISION),)
-            sums = added
-    return sums
+            tiles = weights_forward(w_hh, first, k, H, BU, GATES, JOINED, PRECISION)
+            sums = add_products(sums, tiles, h, 0, COUNT, PRECISION)
+    return gates_of(sums, BU, BB, GATES, JOINED)
+
+
+@triton.jit
+def _h(exchange, b, B, chunk, H, BK: tl.constexpr, PRECISION: tl.constexpr):
+    """Rows of h [B, H] as the right factor: [BK, BB]."""
+    k = chunk * BK + tl.arange(0, BK)
+    at = exchange + b.to(tl.int64)[None, :] * H + k[:, None]
+    return _exchanged(at, (k < H)[:, None] & (b < B)[None, :], PRECISION)
 
 
 @triton.jit
@@ -108,7 +200,7 @@ def product_backward(
     row,
     width,
     known,
-    u,
+    first,
     H,
     came,
     BU: tl.constexpr,
@@ -117,24 +209,51 @@ def product_backward(
     CHUNKS: tl.constexpr,
     HELD: tl.constexpr,
     GATES: tl.constexpr,
+    JOINED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """W_hh^T dgates, summed over the gates; dgates [N, width] is read where `known`."""
-    total = tl.zeros((BU, BB), tl.float32)
+    COUNT: tl.constexpr = 1 if JOINED > 1 else GATES
+    total = _flat(tl.zeros((JOINED, BU, BB), tl.float32), BU, BB, JOINED)
     if HELD:
-        for gate in tl.static_range(GATES):
-            for chunk in tl.static_range(CHUNKS):
-                k = chunk * BK + tl.arange(0, BK)
-                at = dgates + row[None, :] * width + (gate * H + k)[:, None]
-                part = _exchanged(at, (k < H)[:, None] & known[None, :], came, PRECISION)
-                tile = held[gate * CHUNKS + chunk]
-                total = tl.dot(tile, part, total, input_precision=PRECISION)
+        for chunk in tl.static_range(CHUNKS):
+            for p in tl.static_range(COUNT):
+                part = _dgates(dgates, row, width, known, p, chunk, H, BK, GATES, JOINED, PRECISION)
+                total = tl.dot(held[chunk * COUNT + p], part, total, input_precision=PRECISION)
     else:
         for chunk in range(CHUNKS):
             k = chunk * BK + tl.arange(0, BK)
-            for gate in tl.static_range(GATES):
-                at = dgates + row[None, :] * width + (gate * H + k)[:, None]
-                part = _exchanged(at, (k < H)[:, None] & known[None, :], came, PRECISION)
-                tile = _weight(w_hh, gate, u, k, H, True, PRECISION)
-                total = tl.dot(tile, part, total, input_precision=PRECISION)
-    return total
+            tiles = weights_backward(w_hh, first, k, H, BU, BK, GATES, JOINED, PRECISION)
+            for p in tl.static_range(COUNT):
+                part = _dgates(dgates, row, width, known, p, chunk, H, BK, GATES, JOINED, PRECISION)
+                total = tl.dot(tiles[p], part, total, input_precision=PRECISION)
+    if JOINED > 1:
+        total = tl.sum(total, 0)
+    return tl.where(came, total, float("nan"))
+
+
+@triton.jit
+def _dgates(
+    dgates,
+    row,
+    width,
+    known,
+    at_gate,
+    chunk,
+    H,
+    BK: tl.constexpr,
+    GATES: tl.constexpr,
+    JOINED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`JOINED` gates' gradients as the right factor: [JOINED, BK, BB], or [BK, BB] of one."""
+    k = chunk * BK + tl.arange(0, BK)
+    if JOINED == 1:
+        at = dgates + row[None, :] * width + (at_gate * H + k)[:, None]
+        mask = (k < H)[:, None] & known[None, :]
+    else:
+        gate = tl.arange(0, JOINED)[:, None, None]
+        k = k[None, :, None]
+        at = dgates + row[None, None, :] * width + (gate * H + k)
+        mask = (gate < GATES) & (k < H) & known[None, None, :]
+    return _exchanged(at, mask, PRECISION)

@@ -119,7 +119,7 @@ class Layer:
                     T=self.T, B=self.B, backwards=self.backwards, begin=begin, end=end,
                     GATES=cell.gates, STATES=cell.states, SAVED=cell.saved,
                     G=self.G, H=self.H, BU=p.BU, BB=p.BB, BK=p.BK, CHUNKS=p.chunks,
-                    HELD=p.held, WHOLE=p.whole, PRECISION=self.precision,
+                    HELD=p.held, WHOLE=p.whole, JOINED=p.joined, PRECISION=self.precision,
                     num_warps=p.warps, num_stages=1, launch_cooperative_grid=waits,
                     **arguments,
                 )  # fmt: skip
