@@ -231,7 +231,7 @@ def test_every_plan_covers_its_scan(limits: plan.Limits, dtype: torch.dtype, exa
                     assert p.joined == 1 or p.joined >= cell.gates
                     held = max(cell.gates, p.joined) * p.BU * p.BK * p.chunks
                     # As compiled for sm_90: backward, a whole tile's gates and dh change layout.
-                    moved = p.joined * p.BK * p.BB + 1024
+                    moved = min(p.chunks, 2) * p.joined * p.BK * p.BB + 1024
                     if p.whole:
                         moved = (cell.gates + 1) * p.BU * p.BB
                     needed = (held + moved) * dtype.itemsize

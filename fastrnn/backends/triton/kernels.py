@@ -130,7 +130,7 @@ def forward_scan(
         x_next = load_tiles(gates_x, row_next, G * GATES * H, u, ahead, H, GATES)
 
         if WHOLE:
-            operand = factor(states[0].to(w_hh.dtype.element_ty), PRECISION)
+            operand = states[0].to(w_hh.dtype.element_ty)
             sums = zeros(JOINED * BU, BB, COUNT)
             sums = add_products(sums, held, operand, 0, COUNT, PRECISION)
             r = gates_of(sums, BU, BB, GATES, JOINED)

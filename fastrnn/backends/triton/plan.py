@@ -137,7 +137,7 @@ def _all_gates(scan: Scan) -> int:
 
 
 def _part(scan: Scan, units: int, rows: int, held: bool, joined: int) -> Plan:
-    columns = _columns(scan, held)
+    columns = _columns(scan, rows, held)
     return Plan(
         BU=units,
         BB=rows,
@@ -153,13 +153,13 @@ def _part(scan: Scan, units: int, rows: int, held: bool, joined: int) -> Plan:
     )
 
 
-def _columns(scan: Scan, held: bool) -> int:
+def _columns(scan: Scan, rows: int, held: bool) -> int:
     """Tensor cores have time for padding, which costs less than another chunk's barriers do, but a
     single chunk that is held is kept in registers, of which there are too few. Ordinary units get
     tiles that fit theirs."""
     if scan.exact:
         return 16
-    widest = (512 if held else 128) // scan.dtype.itemsize
+    widest = (8192 // rows if held else 128) // scan.dtype.itemsize
     return max(16, min(power_of_two(scan.H) // 2, widest))
 
 
@@ -173,8 +173,8 @@ def _fits(plan: Plan, scan: Scan, limits: Limits) -> bool:
         return False  # the compiler unrolls ordinary products with tiles that are held, for minutes
     size = scan.dtype.itemsize
     weights = max(scan.cell.gates, plan.joined) * plan.BU * plan.chunks * plan.BK * size
-    operand = plan.joined * plan.BK * plan.BB * size
-    return weights <= _room(limits, plan.BU, operand + _SPARE)
+    operands = min(plan.chunks, 2) * plan.joined * plan.BK * plan.BB * size
+    return weights <= _room(limits, plan.BU, operands + _SPARE)
 
 
 def _room(limits: Limits, units: int, tiles: int) -> int:

@@ -26,9 +26,9 @@ def factor(tile, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _exchanged(at, mask, PRECISION: tl.constexpr):
-    """A factor that other programs wrote: from L2, as this SM's L1 may have an older one."""
-    return factor(tl.load(at, mask=mask, other=0.0, cache_modifier=".cg"), PRECISION)
+def _exchanged(at, mask):
+    """What other programs wrote: from L2, as this SM's L1 may have an older value."""
+    return tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -124,7 +124,8 @@ def hold(
 def add_products(
     sums, tiles, operand, FIRST: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """`sums` and the products of `COUNT` tiles, from `FIRST` on, with one operand."""
+    """`sums` and the products of `COUNT` tiles, from `FIRST` on, with one right factor."""
+    operand = factor(operand, PRECISION)
     added = ()
     for p in tl.static_range(COUNT):
         tile = tiles[FIRST + p]
@@ -172,12 +173,17 @@ def product_forward(
     COUNT: tl.constexpr = 1 if JOINED > 1 else GATES
     sums = _empty(came, JOINED * BU, BB, COUNT)
     if HELD:
+        # A chunk is on its way while the one before multiplies; all at once would spill.
+        h = _h(exchange, b, B, 0, H, BK)
         for chunk in tl.static_range(CHUNKS):
-            h = _h(exchange, b, B, chunk, H, BK, PRECISION)
+            h_next = h
+            if chunk + 1 < CHUNKS:
+                h_next = _h(exchange, b, B, chunk + 1, H, BK)
             sums = add_products(sums, held, h, chunk * COUNT, COUNT, PRECISION)
+            h = h_next
     else:
         for chunk in range(CHUNKS):
-            h = _h(exchange, b, B, chunk, H, BK, PRECISION)
+            h = _h(exchange, b, B, chunk, H, BK)
             k = chunk * BK + tl.arange(0, BK)
             tiles = weights_forward(w_hh, first, k, H, BU, GATES, JOINED, PRECISION)
             sums = add_products(sums, tiles, h, 0, COUNT, PRECISION)
@@ -185,11 +191,11 @@ def product_forward(
 
 
 @triton.jit
-def _h(exchange, b, B, chunk, H, BK: tl.constexpr, PRECISION: tl.constexpr):
+def _h(exchange, b, B, chunk, H, BK: tl.constexpr):
     """Rows of h [B, H] as the right factor: [BK, BB]."""
     k = chunk * BK + tl.arange(0, BK)
     at = exchange + b.to(tl.int64)[None, :] * H + k[:, None]
-    return _exchanged(at, (k < H)[:, None] & (b < B)[None, :], PRECISION)
+    return _exchanged(at, (k < H)[:, None] & (b < B)[None, :])
 
 
 @triton.jit
@@ -216,17 +222,23 @@ def product_backward(
     COUNT: tl.constexpr = 1 if JOINED > 1 else GATES
     total = _flat(tl.zeros((JOINED, BU, BB), tl.float32), BU, BB, JOINED)
     if HELD:
-        for chunk in tl.static_range(CHUNKS):
-            for p in tl.static_range(COUNT):
-                part = _dgates(dgates, row, width, known, p, chunk, H, BK, GATES, JOINED, PRECISION)
-                total = tl.dot(held[chunk * COUNT + p], part, total, input_precision=PRECISION)
+        part = _dgates(dgates, row, width, known, 0, 0, H, BK, GATES, JOINED)
+        for p in tl.static_range(CHUNKS * COUNT):
+            part_next = part
+            if p + 1 < CHUNKS * COUNT:
+                part_next = _dgates(
+                    dgates, row, width, known, (p + 1) % COUNT, (p + 1) // COUNT, H,
+                    BK, GATES, JOINED,
+                )  # fmt: skip
+            total = tl.dot(held[p], factor(part, PRECISION), total, input_precision=PRECISION)
+            part = part_next
     else:
         for chunk in range(CHUNKS):
             k = chunk * BK + tl.arange(0, BK)
             tiles = weights_backward(w_hh, first, k, H, BU, BK, GATES, JOINED, PRECISION)
             for p in tl.static_range(COUNT):
-                part = _dgates(dgates, row, width, known, p, chunk, H, BK, GATES, JOINED, PRECISION)
-                total = tl.dot(tiles[p], part, total, input_precision=PRECISION)
+                part = _dgates(dgates, row, width, known, p, chunk, H, BK, GATES, JOINED)
+                total = tl.dot(tiles[p], factor(part, PRECISION), total, input_precision=PRECISION)
     if JOINED > 1:
         total = tl.sum(total, 0)
     return tl.where(came, total, float("nan"))
@@ -244,7 +256,6 @@ def _dgates(
     BK: tl.constexpr,
     GATES: tl.constexpr,
     JOINED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """`JOINED` gates' gradients as the right factor: [JOINED, BK, BB], or [BK, BB] of one."""
     k = chunk * BK + tl.arange(0, BK)
@@ -256,4 +267,4 @@ def _dgates(
         k = k[None, :, None]
         at = dgates + row[None, None, :] * width + (gate * H + k)
         mask = (gate < GATES) & (k < H) & known[None, None, :]
-    return _exchanged(at, mask, PRECISION)
+    return _exchanged(at, mask)
