@@ -120,14 +120,19 @@ def forward_scan(
     row = row_of(t, b, B, offsets)
     active = t < length
     x = load_tiles(gates_x, row, G * GATES * H, u, inside & active[None, :], H, GATES)
+    t_next = tl.where(begin + 1 < T, t + 1 - 2 * backward, T)
+    row_next = row_of(tl.minimum(t_next, T - 1), b, B, offsets)
     came = tl.full((), True, tl.int1)
     for s in range(begin, end):
-        t_next = tl.where(s + 1 < T, t + 1 - 2 * backward, T)
-        row_next = row_of(tl.minimum(t_next, T - 1), b, B, offsets)
+        # Rows are two steps ahead, as the loads one step ahead need them.
+        t_after = tl.where(s + 2 < T, t_next + 1 - 2 * backward, T)
+        row_after = row_of(tl.minimum(t_after, T - 1), b, B, offsets)
         active_next = t_next < length
         # The next step's gates, if it is this launch's, are on their way while this one computes.
         ahead = inside & (tl.where(s + 1 < end, t_next, T) < length)[None, :]
         x_next = load_tiles(gates_x, row_next, G * GATES * H, u, ahead, H, GATES)
+        if reset is not None:
+            cut = is_cut(t_next, b, B, backward, length, reset)
 
         if WHOLE:
             operand = states[0].to(w_hh.dtype.element_ty)
@@ -155,7 +160,6 @@ def forward_scan(
         states = select(active[None, :], new, states, STATES)
         shown = states
         if reset is not None:
-            cut = is_cut(t_next, b, B, backward, length, reset)
             fresh = zeros(BU, BB, STATES)
             if h_reset is not None:
                 fresh = load_states(h_reset, c_reset, state_at, inside & cut[None, :], STATES)
@@ -179,7 +183,8 @@ def forward_scan(
         store_tiles(y, row, G * H, u, written, H, shown, 1)
         if c_all is not None:
             store_tiles(c_all + g * H, row, G * H, u, written, H, (shown[STATES - 1],), 1)
-        t, row, active, x = t_next, row_next, active_next, x_next
+        t, t_next, row, row_next = t_next, t_after, row_next, row_after
+        active, x = active_next, x_next
     store_states(h, c, state_at, inside, states, STATES)
 
 
@@ -293,15 +298,19 @@ def backward_scan(
     ds = load_states(h, c, state_at, inside, STATES)
     cuts = zeros(BU, BB, STATES)
     came = tl.full((), True, tl.int1)
+    t_done = _time_from_end(begin - 1, T, backward)
+    row_done = row_of(tl.minimum(t_done, T - 1), b, B, offsets)
     t = _time_from_end(begin, T, backward)
     row = row_of(tl.minimum(t, T - 1), b, B, offsets)
+    t_next = _time_from_end(begin + 1, T, backward)
+    row_next = row_of(tl.minimum(t_next, T - 1), b, B, offsets)
     running = inside & (t < length)[None, :]
     kept, before, dy_here, dc_here = _load_step(
         saved, h_before, c_before, dy, dc_all, row, u, running, G, H, STATES, SAVED, BU, BB
     )
     for k in range(begin, end):
-        t_next = _time_from_end(k + 1, T, backward)
-        row_next = row_of(tl.minimum(t_next, T - 1), b, B, offsets)
+        t_after = _time_from_end(k + 2, T, backward)
+        row_after = row_of(tl.minimum(t_after, T - 1), b, B, offsets)
         # As going forward, what the next step reads is on its way while this one computes.
         ahead = inside & (tl.where(k + 1 < end, t_next, T) < length)[None, :]
         kept_next, before_next, dy_next, dc_next = _load_step(
@@ -309,10 +318,10 @@ def backward_scan(
             G, H, STATES, SAVED, BU, BB,
         )  # fmt: skip
 
+        if reset is not None:
+            cut = is_cut(t if WHOLE else t_done, b, B, backward, length, reset)
         if not WHOLE:
-            t_done = _time_from_end(k - 1, T, backward)
             known = t_done < length
-            row_done = row_of(tl.minimum(t_done, T - 1), b, B, offsets)
             came = await_parts(arrived, k * tl.num_programs(1), came)
             product = product_backward(
                 w_hh, held, dgates_h, row_done, width, known, first, H, came,
@@ -320,7 +329,6 @@ def backward_scan(
             )  # fmt: skip
             ds = add_at(ds, relaid(product, BU, BB), 0, STATES)
             if reset is not None:
-                cut = is_cut(t_done, b, B, backward, length, reset)
                 ds, cuts = _cut_back(ds, cuts, cut[None, :], BU, BB, STATES)
 
         active = t < length
@@ -347,11 +355,11 @@ def backward_scan(
                 product = tl.dot(held[gate], operand, product, input_precision=PRECISION)
             ds = add_at(ds, relaid(product, BU, BB), 0, STATES)
             if reset is not None:
-                cut = is_cut(t, b, B, backward, length, reset)
                 ds, cuts = _cut_back(ds, cuts, cut[None, :], BU, BB, STATES)
         else:
             announce(arrived)
-        t, row = t_next, row_next
+        t_done, t, t_next = t, t_next, t_after
+        row_done, row, row_next = row, row_next, row_after
         kept, before, dy_here, dc_here = kept_next, before_next, dy_next, dc_next
     store_states(h, c, state_at, inside, ds, STATES)
     if dh_reset is not None:
