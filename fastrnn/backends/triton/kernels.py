@@ -235,7 +235,7 @@ def backward_scan(
     saved,  # [N, G, SAVED*H]
     c_before,  # float32 [N, G, H] or None
     h_before,  # [N, G, H], None where the cell does not read it
-    w_hh,  # [G, GATES*H, H]
+    w_hh,  # [G, GATES*H, H], each gate's transposed
     h,  # dh and dc: float32 [G, B, H]
     c,
     dh_reset,  # float32 [G, B, H], added to at every reset, or None

@@ -41,30 +41,7 @@ def _empty(came, M: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def weights_forward(
-    w_hh,
-    first,
-    k,
-    H,
-    BU: tl.constexpr,
-    GATES: tl.constexpr,
-    JOINED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The columns k of W_hh [GATES*H, H] for the units from `first`, a tile for each product."""
-    m = tl.arange(0, JOINED * BU)
-    u = first + m // JOINED
-    tiles = ()
-    for at_gate in tl.static_range(0, GATES, JOINED):
-        gate = at_gate + m % JOINED
-        mask = ((u < H) & (gate < GATES))[:, None] & (k < H)[None, :]
-        at = (gate * H + u).to(tl.int64)[:, None] * H + k[None, :]
-        tiles = tiles + (factor(tl.load(w_hh + at, mask=mask, other=0.0), PRECISION),)
-    return tiles
-
-
-@triton.jit
-def weights_backward(
+def _weights(
     w_hh,
     first,
     k,
@@ -73,27 +50,25 @@ def weights_backward(
     BK: tl.constexpr,
     GATES: tl.constexpr,
     JOINED: tl.constexpr,
+    BEHIND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The same of each gate's transpose."""
-    u = first + tl.arange(0, BU)[None, :, None]
-    k = k[None, None, :]
+    """The columns k of W_hh for the units from `first` on, a tile for each product."""
+    m = tl.arange(0, JOINED * BU)
+    if BEHIND:
+        within, u = m // BU, first + m % BU
+    else:
+        within, u = m % JOINED, first + m // JOINED
     tiles = ()
     for at_gate in tl.static_range(0, GATES, JOINED):
-        gate = at_gate + tl.arange(0, JOINED)[:, None, None]
-        mask = (u < H) & (gate < GATES) & (k < H)
-        at = (gate * H + k).to(tl.int64) * H + u
+        gate = at_gate + within
+        mask = ((u < H) & (gate < GATES))[:, None] & (k < H)[None, :]
+        at = (gate * H + u).to(tl.int64)[:, None] * H + k[None, :]
         tile = factor(tl.load(w_hh + at, mask=mask, other=0.0), PRECISION)
-        tiles = tiles + (_flat(tile, BU, BK, JOINED),)
+        if BEHIND and JOINED > 1:
+            tile = tl.reshape(tile, (JOINED, BU, BK))
+        tiles = tiles + (tile,)
     return tiles
-
-
-@triton.jit
-def _flat(tile, M: tl.constexpr, N: tl.constexpr, JOINED: tl.constexpr):
-    """[1, M, N] as a matrix: only those multiply on Hopper's own tensor instructions."""
-    if JOINED == 1:
-        tile = tl.reshape(tile, (M, N))
-    return tile
 
 
 @triton.jit
@@ -106,17 +81,15 @@ def hold(
     CHUNKS: tl.constexpr,
     GATES: tl.constexpr,
     JOINED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    BEHIND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The program's part of W_hh: the tiles of all chunks of `BK` columns."""
+    """The program's part of W_hh [GATES*H, H], or, its gates `BEHIND` one another, of the gates'
+    transposes: the tiles of all chunks of `BK` columns."""
     held = ()
     for chunk in tl.static_range(CHUNKS):
         k = chunk * BK + tl.arange(0, BK)
-        if TRANSPOSED:
-            held = held + weights_backward(w_hh, first, k, H, BU, BK, GATES, JOINED, PRECISION)
-        else:
-            held = held + weights_forward(w_hh, first, k, H, BU, GATES, JOINED, PRECISION)
+        held = held + _weights(w_hh, first, k, H, BU, BK, GATES, JOINED, BEHIND, PRECISION)
     return held
 
 
@@ -185,7 +158,7 @@ def product_forward(
         for chunk in range(CHUNKS):
             h = _h(exchange, b, B, chunk, H, BK)
             k = chunk * BK + tl.arange(0, BK)
-            tiles = weights_forward(w_hh, first, k, H, BU, GATES, JOINED, PRECISION)
+            tiles = _weights(w_hh, first, k, H, BU, BK, GATES, JOINED, False, PRECISION)
             sums = add_products(sums, tiles, h, 0, COUNT, PRECISION)
     return gates_of(sums, BU, BB, GATES, JOINED)
 
@@ -220,7 +193,10 @@ def product_backward(
 ):
     """W_hh^T dgates, summed over the gates; dgates [N, width] is read where `known`."""
     COUNT: tl.constexpr = 1 if JOINED > 1 else GATES
-    total = _flat(tl.zeros((JOINED, BU, BB), tl.float32), BU, BB, JOINED)
+    if JOINED == 1:
+        total = tl.zeros((BU, BB), tl.float32)
+    else:
+        total = tl.zeros((JOINED, BU, BB), tl.float32)
     if HELD:
         part = _dgates(dgates, row, width, known, 0, 0, H, BK, GATES, JOINED)
         for p in tl.static_range(CHUNKS * COUNT):
@@ -235,7 +211,7 @@ def product_backward(
     else:
         for chunk in range(CHUNKS):
             k = chunk * BK + tl.arange(0, BK)
-            tiles = weights_backward(w_hh, first, k, H, BU, BK, GATES, JOINED, PRECISION)
+            tiles = _weights(w_hh, first, k, H, BU, BK, GATES, JOINED, True, PRECISION)
             for p in tl.static_range(COUNT):
                 part = _dgates(dgates, row, width, known, p, chunk, H, BK, GATES, JOINED)
                 total = tl.dot(tiles[p], factor(part, PRECISION), total, input_precision=PRECISION)

@@ -114,7 +114,7 @@ class Layer:
         with _device(self.x):
             for begin, end in spans:
                 kernel[p.tiles, p.slices, self.G](
-                    w_hh=self.w_hh, lengths=self.lengths, offsets=self.offsets,
+                    lengths=self.lengths, offsets=self.offsets,
                     reset=self.reset, arrived=arrived,
                     T=self.T, B=self.B, backwards=self.backwards, begin=begin, end=end,
                     GATES=cell.gates, STATES=cell.states, SAVED=cell.saved,
@@ -123,6 +123,12 @@ class Layer:
                     num_warps=p.warps, num_stages=1, launch_cooperative_grid=waits,
                     **arguments,
                 )  # fmt: skip
+
+    def transposed(self) -> Tensor:
+        """W_hh with each gate transposed: a product's left factor has its columns side by side, and
+        tensor cores cannot turn float32 over."""
+        gates = self.w_hh.view(self.G, self.cell.gates, self.H, self.H)
+        return gates.transpose(2, 3).contiguous()
 
     def counters(self) -> Tensor:
         """Announcements so far, for each group and tile of the batch."""
@@ -207,7 +213,7 @@ def forward(problem: Problem, inputs: Inputs, save: bool) -> Outputs:
         exchange[0] = h
     layer.launch(
         kernels.forward_scan, problem.T, FORWARD=layer.twin.forward,
-        gates_x=layer.input_gates(), bias=layer.bias, h=h, c=c,
+        w_hh=layer.w_hh, gates_x=layer.input_gates(), bias=layer.bias, h=h, c=c,
         h_reset=layer.h_reset, c_reset=layer.c_reset, exchange=exchange,
         y=y, c_all=c_all, saved=gates, c_before=c_before,
     )  # fmt: skip
@@ -240,8 +246,8 @@ def backward(
     dgates_x = None if cell.shared_dgates else torch.empty_like(dgates_h)
     layer.launch(
         kernels.backward_scan, problem.T + (not layer.plan.whole), BACKWARD=layer.twin.backward,
-        dy=_contiguous(grads.y), dc_all=_contiguous(grads.c), saved=gates, c_before=c_before,
-        h_before=h_before if layer.twin.reads_h else None,
+        w_hh=layer.transposed(), dy=_contiguous(grads.y), dc_all=_contiguous(grads.c),
+        saved=gates, c_before=c_before, h_before=h_before if layer.twin.reads_h else None,
         h=dh, c=dc, dh_reset=dh_reset, dc_reset=dc_reset, dgates_h=dgates_h, dgates_x=dgates_x,
     )  # fmt: skip
     if dgates_x is None:
