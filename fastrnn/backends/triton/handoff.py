@@ -7,6 +7,14 @@ import triton.language as tl
 
 # About a second of polling an L2 counter: a grid that is resident needs microseconds.
 SPINS = tl.constexpr(1 << 20)
+# From one counter to the next: each has a cache line of its own.
+APART = tl.constexpr(32)
+
+
+@triton.jit
+def counter_of_rows(arrived):
+    """The counter that this program shares with those of its group and its rows."""
+    return arrived + (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * APART
 
 
 @triton.jit

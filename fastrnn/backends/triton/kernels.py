@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .handoff import announce, await_parts
+from .handoff import announce, await_parts, counter_of_rows
 from .products import add_products, factor, gates_of, hold, product_backward, product_forward
 from .tiles import (
     add_at,
@@ -63,7 +63,7 @@ def forward_scan(
     offsets,  # [T], first row of each step when packed, or None
     reset,  # uint8 [T, B], or None
     exchange,  # [2, G, B, H]: h that step s reads is in exchange[s % 2]; None when WHOLE
-    arrived,  # [G, tiles], zero before the first step, or None
+    arrived,  # [G, tiles, APART], zero before the first step, or None
     y,  # [N, G*H]
     c_all,  # [N, G*H] or None
     saved,  # [N, G, SAVED*H] or None
@@ -102,7 +102,7 @@ def forward_scan(
     gates_x += g * GATES * H
     y += g * H
     if arrived is not None:
-        arrived += g * tl.num_programs(0) + tl.program_id(0)
+        arrived = counter_of_rows(arrived)
     held = ()
     if HELD:
         held = hold(w_hh, first, H, BU, BK, CHUNKS, GATES, JOINED, False, PRECISION)
@@ -290,7 +290,7 @@ def backward_scan(
     if dc_all is not None:
         dc_all += g * H
     if arrived is not None:
-        arrived += g * tl.num_programs(0) + tl.program_id(0)
+        arrived = counter_of_rows(arrived)
     held = ()
     if HELD:
         held = hold(w_hh, first, H, BU, BK, CHUNKS, GATES, BEHIND, True, PRECISION)

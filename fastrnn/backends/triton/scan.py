@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..base import Grads, Inputs, Outputs, Problem, bias_gradients, unpacked
-from . import kernels, plan
+from . import handoff, kernels, plan
 from .cells import TWINS
 
 INTERPRETED = not isinstance(kernels.forward_scan, triton.runtime.JITFunction)
@@ -132,7 +132,8 @@ class Layer:
 
     def counters(self) -> Tensor:
         """Announcements so far, for each group and tile of the batch."""
-        return torch.zeros((self.G, self.plan.tiles), dtype=torch.int32, device=self.x.device)
+        shape = (self.G, self.plan.tiles, handoff.APART.value)
+        return torch.zeros(shape, dtype=torch.int32, device=self.x.device)
 
     def input_gates(self) -> Tensor:
         """x W_ih^T of every group: [N, G*gates*H]."""
