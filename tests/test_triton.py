@@ -27,11 +27,11 @@ BOTH = (False, True)
 REGIMES = [plan.whole, plan.grid, plan.steps]
 CASES = [
     Case(1, 1, 1, 1),
-    Case(4, 3, 5, 20, reverse=BOTH),
+    Case(3, 3, 5, 20, reverse=BOTH),
     Case(3, 18, 2, 17, bias=False, hx=False),
-    Case(5, 5, 4, 31, reverse=(True,), layout="batch_first"),
-    Case(5, 4, 3, 18, lengths=(5, 3, 3, 1), reverse=BOTH, every=True),
-    Case(5, 5, 3, 19, ends=(3, 5, 0, 1, 4), cuts=0.3, to=True, every=True, reverse=BOTH),
+    Case(4, 5, 4, 31, reverse=(True,), layout="batch_first"),
+    Case(4, 4, 3, 18, lengths=(4, 3, 3, 1), reverse=BOTH, every=True),
+    Case(4, 5, 3, 19, ends=(3, 4, 0, 1, 4), cuts=0.3, to=True, every=True, reverse=BOTH),
     Case(4, 3, 3, 21, cuts=0.4, hx=False),
     Case(3, 4, 2, 17, grouped=True, reverse=(False, True, False)),
 ]
@@ -65,7 +65,7 @@ def test_values_and_gradients(regime: Regime, cell: str, case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(4, 5, 3, 35, reverse=BOTH),
+        Case(3, 5, 3, 35, reverse=BOTH),
         Case(4, 5, 3, 19, ends=(3, 4, 0, 1, 4), cuts=0.3, to=True, reverse=BOTH),
     ],
     ids=str,

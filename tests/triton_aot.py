@@ -112,13 +112,15 @@ class Call(NamedTuple):
 
 
 def calls(limits: plan.Limits) -> Iterator[Call]:
-    """Every cell and kernel, in every regime and in every kind of product."""
+    """Every kernel, in every regime and in every kind of product, of every cell but for the RNN's
+    second one: what is done with its one gate takes no more."""
     sizes = {
         (torch.bfloat16, False): ((64, 128), (64, 256), (2048, 1500)),
         (torch.float32, False): ((64, 128),),
         (torch.float32, True): ((64, 32), (64, 256)),
     }
-    for cell, ((dtype, exact), shapes) in product(CELLS.values(), sizes.items()):
+    cells = [cell for name, cell in CELLS.items() if name != "rnn_relu"]
+    for cell, ((dtype, exact), shapes) in product(cells, sizes.items()):
         for k, (B, H) in enumerate(shapes):
             full = k == 1
             scan = plan.Scan(cell, dtype, exact, 2 if full else 1, B, H)
