@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -28,6 +29,9 @@ struct pybind11::detail::type_caster<fastrnn::Tensor> {
 namespace fastrnn {
 namespace {
 
+// For tests, whose sizes are small.
+std::atomic<bool> always_all_threads{false};
+
 template <class Args>
 struct Direction;
 
@@ -47,12 +51,9 @@ struct Direction<BackwardArgs> {
 
 // Enough for the plan and for the single thread that steps in when the plan's threads cannot be had.
 template <class Args>
-int64_t workspace_bytes(const Call& call, const Args& args) {
-  using D = Direction<Args>;
-  const auto bytes = call.kernels.*D::bytes;
-  const Plan plan = D::make_plan(call.table, call.cell, call.dtype, call.threads, args);
-  const Plan alone = D::make_plan(call.table, call.cell, call.dtype, 1, args);
-  return std::max(bytes(args, plan), bytes(args, alone));
+int64_t workspace_bytes(const Call& call, const Plan (&plans)[2], const Args& args) {
+  const auto bytes = call.kernels.*Direction<Args>::bytes;
+  return std::max(bytes(args, plans[0]), bytes(args, plans[1]));
 }
 
 int64_t accumulate_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
@@ -75,7 +76,11 @@ void prepare_pages(const Call& call, const BackwardArgs& args, int64_t workspace
 template <class Args>
 int64_t run(const Call& call, Args args, const Tensor& workspace) {
   using D = Direction<Args>;
-  const int64_t needed = workspace_bytes(call, args);
+  const auto planned = [&](int threads) {
+    return D::make_plan(call.table, call.cell, call.dtype, {threads, always_all_threads.load()}, args);
+  };
+  const Plan plans[] = {planned(call.threads), planned(1)};
+  const int64_t needed = workspace_bytes(call, plans, args);
   if (workspace.numel() < needed) return needed;
   args.workspace = workspace.data();
   struct Context {
@@ -89,8 +94,8 @@ int64_t run(const Call& call, Args args, const Tensor& workspace) {
   };
   const py::gil_scoped_release release;
   prepare_pages(call, args, needed);
-  for (int threads : {call.threads, 1}) {
-    if (launch(D::make_plan(call.table, call.cell, call.dtype, threads, args), body, &context)) break;
+  for (const Plan& plan : plans) {
+    if (launch(plan, body, &context)) break;
   }
   return 0;
 }
@@ -174,6 +179,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &supported_isas, "Instruction sets supported here, best first.");
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
   m.def("use_isa", &use_isa, "Use this instruction set from now on, in the whole process.");
+  m.def(
+      "use_all_threads", [](bool always) { always_all_threads.store(always); },
+      "Whether every call uses all threads from now on, in the whole process, however little that saves.");
   m.def("fma_peak", &fma_peak, "Measured float32 multiply-add rate of that many threads together, GF/s.");
   m.def("reads_by_table", &reads_by_table, "Whether tensors are read through DLPack's table of functions.");
   m.def("read_by_table", &read_by_table, "Read them so from now on, or by their methods.");

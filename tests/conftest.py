@@ -5,12 +5,26 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+
+# Before torch brings OpenMP: waiting threads spin for milliseconds otherwise, and those of several
+# test processes keep each other from working.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # Triton decides when its functions are defined, so before anything imports it: without a GPU its
 # kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+from fastrnn import _C
+
+_C.use_all_threads(True)  # small calls would do without
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that take a minute come first: at the end, the other processes would wait for them."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 
@@ -24,6 +25,12 @@ constexpr double kUnhidden = 0.6;
 // in lines fetched from L2, and a factor, for all wait for the one that loses its core.
 constexpr double kBarrier = 750, kCoupling = 1.05;
 constexpr double kLineBytes = 64;
+// What threads must save in a call for each time that their number doubles: they are woken, and their caches are empty.
+constexpr double kLaunch = 5e4;
+// Besides the products: a vector of a row's units in one step, for each gate.
+constexpr double kCell = 160;
+// Storing a vector of the weights' gradients, which are in no cache yet.
+constexpr double kStore = 20;
 // From so many rows of a step on, chunks are so short that the input's weights push the others out of the cache.
 constexpr double kTurnRows = 16;
 
@@ -137,6 +144,17 @@ Division divide(const Step& step, int G, int threads) {
   return best;
 }
 
+// Whether the threads of `shared` save enough against one that does all `alone`. `others` is what the call takes
+// besides the products of its steps, and `parts` among how many threads that is shared.
+bool pays_to_launch(const Division& alone, const Division& shared, int64_t T, double others, int parts) {
+  const double saved = (alone.cost - shared.cost) * static_cast<double>(T) + others - others / parts;
+  return saved > kLaunch * std::log2(shared.plan.threads);
+}
+
+double cell_cost(const CellInfo& cell, const LayerArgs& args, int64_t vectors) {
+  return kCell * static_cast<double>(args.G * cell.gates * args.seq.N * vectors);
+}
+
 // Wide panels keep more accumulators busy; narrower ones waste fewer lanes and can be shared out.
 int panel_vectors(int most, int64_t vectors, int threads, int64_t B) {
   int best = most;
@@ -190,33 +208,45 @@ int proj_vectors(const KernelTable& table, Dtype dtype, int threads, const Layer
 
 }  // namespace
 
-Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, int threads, const ForwardArgs& args) {
-  const int64_t vectors = ceil_div(args.H, table.lanes[static_cast<int>(dtype)]);
+Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, Threads threads,
+                  const ForwardArgs& args) {
+  const int lanes = table.lanes[static_cast<int>(dtype)];
+  const int64_t vectors = ceil_div(args.H, lanes);
   const int most = std::max(1, kMaxVectors / cell.gates);
-  const auto division = [&](int most_vectors, const Product& product) {
-    const int unit_vectors = panel_vectors(most_vectors, vectors, threads, args.seq.B);
+  const bool splits = table.splits[static_cast<int>(dtype)] && args.seq.N >= kSplitLeast;
+  const auto divided = [&](const Product& product, int most_vectors, int team) {
+    const int unit_vectors = panel_vectors(most_vectors, vectors, team, args.seq.B);
     const Step step =
         make_step(table, dtype, args.seq, args.H, args.out(), args.I, unit_vectors, unit_vectors * cell.gates, product);
-    return divide(step, args.G, threads);
+    Division found = divide(step, args.G, team);
+    found.plan.split_state = product.tiles;
+    return found;
   };
-  const bool splits = table.splits[static_cast<int>(dtype)] && args.seq.N >= kSplitLeast;
-  Division best = division(most, kByValues);
-  bool split_state = false;
-  // Of a whole block of rows: what fewer lose is in the cost of a step.
-  if (splits && pays_to_split(32, args.out(), cell.gates * vectors)) {
+  const auto division = [&](int team) {
+    const Division by_values = divided(kByValues, most, team);
+    // Of a whole block of rows: what fewer lose is in the cost of a step.
+    if (!splits || !pays_to_split(32, args.out(), cell.gates * vectors)) return by_values;
     // Tiles are multiplied in pairs.
-    const Division by_parts = division(most * cell.gates % 2 ? 2 * most : most, kByParts);
-    split_state = by_parts.cost < best.cost;
-    if (split_state) best = by_parts;
+    const Division by_parts = divided(kByParts, most * cell.gates % 2 ? 2 * most : most, team);
+    return by_parts.cost < by_values.cost ? by_parts : by_values;
+  };
+  Division best = division(threads.count);
+  if (threads.count > 1 && !threads.always) {
+    const double inputs =
+        args.G * product_cost(kByValues, args.seq.N, args.I, static_cast<double>(cell.gates * vectors),
+                              static_cast<double>(args.I * lanes * element_size(dtype)),
+                              table.rows_to_fetch[static_cast<int>(dtype)]);
+    const Division alone = division(1);
+    const int parts = best.plan.group_parts * best.plan.row_parts * best.plan.unit_parts;
+    if (!pays_to_launch(alone, best, args.seq.T, inputs + cell_cost(cell, args, vectors), parts)) best = alone;
   }
   Plan plan = best.plan;
   const int64_t rows = ceil_div(args.seq.B, plan.row_parts);
-  plan.proj_vectors = proj_vectors(table, dtype, threads, args);
+  plan.proj_vectors = proj_vectors(table, dtype, plan.threads, args);
   const int64_t weights = cell.gates * args.H * (args.out() + args.I) * element_size(dtype);
-  plan.chunk = std::max<int64_t>(1, chunk_rows(weights / plan.unit_parts, split_state) * plan.unit_parts / rows);
+  plan.chunk = std::max<int64_t>(1, chunk_rows(weights / plan.unit_parts, plan.split_state) * plan.unit_parts / rows);
   plan.pack = args.seq.N >= kPackRows;
   plan.own_panels = pays_to_own(plan, weights);
-  plan.split_state = split_state;
   // Products of values have no panels so wide.
   const bool wide = plan.panel_vectors * cell.gates > kMaxVectors;
   const int64_t at_once = rows * std::min(plan.chunk, args.seq.T);
@@ -224,13 +254,27 @@ Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, i
   return plan;
 }
 
-Plan plan_backward(const KernelTable& table, const CellInfo& cell, Dtype dtype, int threads, const BackwardArgs& args) {
-  const int64_t vectors = ceil_div(args.H, table.lanes[static_cast<int>(dtype)]);
-  const int unit_vectors = panel_vectors(kMaxVectors, vectors, threads, args.seq.B);
-  const Step step =
-      make_step(table, dtype, args.seq, args.H, cell.gates * args.H, 0, unit_vectors, unit_vectors, kByValues);
-  Plan plan = divide(step, args.G, threads).plan;
-  plan.proj_vectors = proj_vectors(table, dtype, threads, args);
+Plan plan_backward(const KernelTable& table, const CellInfo& cell, Dtype dtype, Threads threads,
+                   const BackwardArgs& args) {
+  const int lanes = table.lanes[static_cast<int>(dtype)];
+  const int64_t vectors = ceil_div(args.H, lanes);
+  const auto division = [&](int team) {
+    const int unit_vectors = panel_vectors(kMaxVectors, vectors, team, args.seq.B);
+    return divide(
+        make_step(table, dtype, args.seq, args.H, cell.gates * args.H, 0, unit_vectors, unit_vectors, kByValues),
+        args.G, team);
+  };
+  Division best = division(threads.count);
+  if (threads.count > 1 && !threads.always) {
+    const int64_t inputs = ceil_div(args.I, lanes), weights = inputs + ceil_div(args.out(), lanes);
+    const double a_row = static_cast<double>(args.seq.N * (inputs + weights)) + kStore * static_cast<double>(weights);
+    const double products = static_cast<double>(args.G * cell.gates * args.H) * a_row;
+    const Division alone = division(1);
+    if (!pays_to_launch(alone, best, args.seq.T, products + cell_cost(cell, args, vectors), threads.count))
+      best = alone;
+  }
+  Plan plan = best.plan;
+  plan.proj_vectors = proj_vectors(table, dtype, plan.threads, args);
   plan.chunk = 1;
   plan.pack = args.seq.T > 1 || args.dh0;
   const int64_t weights = cell.gates * args.H * args.out() * element_size(dtype);

@@ -5,7 +5,15 @@
 
 namespace fastrnn {
 
-Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, int threads, const ForwardArgs& args);
-Plan plan_backward(const KernelTable& table, const CellInfo& cell, Dtype dtype, int threads, const BackwardArgs& args);
+// Those that a call may have.
+struct Threads {
+  int count;
+  bool always;  // all of them, however little they save
+};
+
+Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, Threads threads,
+                  const ForwardArgs& args);
+Plan plan_backward(const KernelTable& table, const CellInfo& cell, Dtype dtype, Threads threads,
+                   const BackwardArgs& args);
 
 }  // namespace fastrnn

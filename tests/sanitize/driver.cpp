@@ -255,8 +255,12 @@ struct Kernel {
   const CellKernels& functions;
   Dtype dtype;
 
-  Plan plan(int threads, const ForwardArgs& args) const { return plan_forward(table, cell, dtype, threads, args); }
-  Plan plan(int threads, const BackwardArgs& args) const { return plan_backward(table, cell, dtype, threads, args); }
+  Plan plan(int threads, const ForwardArgs& args) const {
+    return plan_forward(table, cell, dtype, {threads, true}, args);
+  }
+  Plan plan(int threads, const BackwardArgs& args) const {
+    return plan_backward(table, cell, dtype, {threads, true}, args);
+  }
   int64_t bytes(const ForwardArgs& args, const Plan& plan) const { return functions.forward_bytes(args, plan); }
   int64_t bytes(const BackwardArgs& args, const Plan& plan) const { return functions.backward_bytes(args, plan); }
   void run(const ForwardArgs& args, const Plan& plan, const Team& team, int thread) const {
