@@ -29,7 +29,7 @@ PYTHON_SOURCES = {"bindings", "tensor"}  # which know pybind11
 CUDA_KERNELS = "csrc/cuda/kernels.cu"
 CUDA_PRECISIONS = ["F32", "Tf32", "Bf16", "F16"]
 # Code for 8.0 also runs on 8.6 and 8.9, for 10.0 on 10.3, for 12.0 on 12.1.
-CUDA_ARCHS = "80 90a 100 120"
+CUDA_ARCHS = "80 90 100 120"
 X86 = platform.machine().lower() in {"x86_64", "amd64"}
 
 LANGUAGE = shlex.split("-std=c++17 -O3 -fopenmp -fPIC -fvisibility=hidden")
@@ -113,10 +113,17 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def virtual_arch(arch: str) -> str:
+    """What its code is compiled to first: for all with clusters once, and not for each anew."""
+    if not arch.isdigit():
+        return f"compute_{arch}"
+    return "compute_90" if int(arch) >= 90 else f"compute_{arch}"
+
+
 def cuda_ninja_text(compiler: list[str], nvcc: str, sources: list[str], target: str) -> str:
     """Plain C++ by the host's compiler, *.cu and the link, which brings cudart, by nvcc."""
     archs = os.environ.get("FASTRNN_CUDA_ARCHS", CUDA_ARCHS).split()
-    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    code = [f"-gencode=arch={virtual_arch(arch)},code=sm_{arch}" for arch in archs]
     host = [compiler[0], "-Xcompiler=-fPIC,-fvisibility=hidden"]
     cuda = [nvcc, "-ccbin", *host, *shlex.split("-std=c++17 -O3 -Icsrc -Xptxas=-v"), *code]
     plain = [*compiler, *shlex.split("-std=c++17 -O2 -fPIC -fvisibility=hidden -Icsrc -MMD")]

@@ -29,6 +29,7 @@ def run(what: str, cache: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_resources(target: str, tmp_path: Path) -> None:
     found = run(target, tmp_path)
