@@ -155,6 +155,9 @@ double cell_cost(const CellInfo& cell, const LayerArgs& args, int64_t vectors) {
   return kCell * static_cast<double>(args.G * cell.gates * args.seq.N * vectors);
 }
 
+// Threads to a group where groups are shared out as far as they can be.
+int members(int threads, int G) { return threads / std::gcd(threads, G); }
+
 // Wide panels keep more accumulators busy; narrower ones waste fewer lanes and can be shared out.
 int panel_vectors(int most, int64_t vectors, int threads, int64_t B) {
   int best = most;
@@ -215,7 +218,7 @@ Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, T
   const int most = std::max(1, kMaxVectors / cell.gates);
   const bool splits = table.splits[static_cast<int>(dtype)] && args.seq.N >= kSplitLeast;
   const auto divided = [&](const Product& product, int most_vectors, int team) {
-    const int unit_vectors = panel_vectors(most_vectors, vectors, team, args.seq.B);
+    const int unit_vectors = panel_vectors(most_vectors, vectors, members(team, args.G), args.seq.B);
     const Step step =
         make_step(table, dtype, args.seq, args.H, args.out(), args.I, unit_vectors, unit_vectors * cell.gates, product);
     Division found = divide(step, args.G, team);
@@ -259,7 +262,7 @@ Plan plan_backward(const KernelTable& table, const CellInfo& cell, Dtype dtype, 
   const int lanes = table.lanes[static_cast<int>(dtype)];
   const int64_t vectors = ceil_div(args.H, lanes);
   const auto division = [&](int team) {
-    const int unit_vectors = panel_vectors(kMaxVectors, vectors, team, args.seq.B);
+    const int unit_vectors = panel_vectors(kMaxVectors, vectors, members(team, args.G), args.seq.B);
     return divide(
         make_step(table, dtype, args.seq, args.H, cell.gates * args.H, 0, unit_vectors, unit_vectors, kByValues),
         args.G, team);
