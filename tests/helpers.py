@@ -23,6 +23,7 @@ from fastrnn.backends import BACKENDS
 from fastrnn.cells import CELLS, States
 
 Named = dict[str, Tensor]
+Layer = Callable[..., tuple[Tensor, ...]]
 
 LAYERS = [
     pytest.param(nn.LSTM, fastrnn.LSTM, {}, id="lstm"),
@@ -487,3 +488,23 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         text=True,
         env={**inherited, **environment},
     )
+
+
+def small_layer(cell: str, case: Case | None = None) -> tuple[list[Tensor], Layer]:
+    """Detached leaves in double, and the layer as a function of x, w_ih, w_hh and the biases."""
+    case = case or Case(4, 2, 3, 5, hx=False)
+    inputs = make_inputs(cell, case, torch.float64)
+    leaves = [t.detach() for t in inputs.leaves.values()]
+
+    def layer(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        y, ends, _ = functional.layer(cell, x, None, weights, case.reverse)
+        return (y, *ends)
+
+    return leaves, layer
+
+
+def loss_of_layer(layer: Layer) -> Callable[..., Tensor]:
+    def loss(*leaves: Tensor) -> Tensor:
+        return torch.stack([(o * o.cos()).sum() for o in layer(*leaves)]).sum()
+
+    return loss

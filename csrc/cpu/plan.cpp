@@ -144,11 +144,17 @@ Division divide(const Step& step, int G, int threads) {
   return best;
 }
 
-// Whether the threads of `shared` save enough against one that does all `alone`. `others` is what the call takes
-// besides the products of its steps, and `parts` among how many threads that is shared.
-bool pays_to_launch(const Division& alone, const Division& shared, int64_t T, double others, int parts) {
+// The division among all threads, if they save enough to be woken against one that does all alone. `others` is what the
+// call takes besides the products of its steps; all threads share it, or only those that scan.
+template <class Divide>
+Division divide_if_it_pays(const Divide& division, Threads threads, int64_t T, double others, bool all_share) {
+  const Division shared = division(threads.count);
+  if (threads.count == 1 || threads.always) return shared;
+  const Division alone = division(1);
+  const Plan& plan = shared.plan;
+  const int parts = all_share ? threads.count : plan.group_parts * plan.row_parts * plan.unit_parts;
   const double saved = (alone.cost - shared.cost) * static_cast<double>(T) + others - others / parts;
-  return saved > kLaunch * std::log2(shared.plan.threads);
+  return saved > kLaunch * std::log2(threads.count) ? shared : alone;
 }
 
 double cell_cost(const CellInfo& cell, const LayerArgs& args, int64_t vectors) {
@@ -233,17 +239,11 @@ Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, T
     const Division by_parts = divided(kByParts, most * cell.gates % 2 ? 2 * most : most, team);
     return by_parts.cost < by_values.cost ? by_parts : by_values;
   };
-  Division best = division(threads.count);
-  if (threads.count > 1 && !threads.always) {
-    const double inputs =
-        args.G * product_cost(kByValues, args.seq.N, args.I, static_cast<double>(cell.gates * vectors),
-                              static_cast<double>(args.I * lanes * element_size(dtype)),
-                              table.rows_to_fetch[static_cast<int>(dtype)]);
-    const Division alone = division(1);
-    const int parts = best.plan.group_parts * best.plan.row_parts * best.plan.unit_parts;
-    if (!pays_to_launch(alone, best, args.seq.T, inputs + cell_cost(cell, args, vectors), parts)) best = alone;
-  }
-  Plan plan = best.plan;
+  const double inputs = args.G * product_cost(kByValues, args.seq.N, args.I, static_cast<double>(cell.gates * vectors),
+                                              static_cast<double>(args.I * lanes * element_size(dtype)),
+                                              table.rows_to_fetch[static_cast<int>(dtype)]);
+  const double others = inputs + cell_cost(cell, args, vectors);
+  Plan plan = divide_if_it_pays(division, threads, args.seq.T, others, false).plan;
   const int64_t rows = ceil_div(args.seq.B, plan.row_parts);
   plan.proj_vectors = proj_vectors(table, dtype, plan.threads, args);
   const int64_t weights = cell.gates * args.H * (args.out() + args.I) * element_size(dtype);
@@ -267,16 +267,11 @@ Plan plan_backward(const KernelTable& table, const CellInfo& cell, Dtype dtype, 
         make_step(table, dtype, args.seq, args.H, cell.gates * args.H, 0, unit_vectors, unit_vectors, kByValues),
         args.G, team);
   };
-  Division best = division(threads.count);
-  if (threads.count > 1 && !threads.always) {
-    const int64_t inputs = ceil_div(args.I, lanes), weights = inputs + ceil_div(args.out(), lanes);
-    const double a_row = static_cast<double>(args.seq.N * (inputs + weights)) + kStore * static_cast<double>(weights);
-    const double products = static_cast<double>(args.G * cell.gates * args.H) * a_row;
-    const Division alone = division(1);
-    if (!pays_to_launch(alone, best, args.seq.T, products + cell_cost(cell, args, vectors), threads.count))
-      best = alone;
-  }
-  Plan plan = best.plan;
+  const int64_t inputs = ceil_div(args.I, lanes), columns = inputs + ceil_div(args.out(), lanes);
+  const double a_row = static_cast<double>(args.seq.N * (inputs + columns)) + kStore * static_cast<double>(columns);
+  const double products = static_cast<double>(args.G * cell.gates * args.H) * a_row;
+  const double others = products + cell_cost(cell, args, vectors);
+  Plan plan = divide_if_it_pays(division, threads, args.seq.T, others, true).plan;
   plan.proj_vectors = proj_vectors(table, dtype, plan.threads, args);
   plan.chunk = 1;
   plan.pack = args.seq.T > 1 || args.dh0;
