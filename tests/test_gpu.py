@@ -10,18 +10,14 @@ import pytest
 import torch
 from helpers import (
     GPU_BACKENDS,
-    TF32_EPS,
     Case,
     Inputs,
-    Named,
     Truth,
     assert_close,
     float32_products,
     make_inputs,
     poisoned,
-    rms,
     run,
-    run_plain,
     using,
 )
 from torch import Tensor
@@ -72,35 +68,13 @@ of_each_cell = pytest.mark.parametrize("cell", CELLS)
 
 def on_device(inputs: Inputs) -> Inputs:
     """Fresh leaves on the device."""
-
-    def leaf(t: Tensor) -> Tensor:
-        return t.detach().to("cuda").requires_grad_()
-
-    states, at_reset = ([leaf(s) for s in kind] for kind in (inputs.states, inputs.at_reset))
-    weights = [None if w is None else leaf(w) for w in inputs.weights]
-    return Inputs(leaf(inputs.x), states, weights, at_reset, [g.to("cuda") for g in inputs.grads])
+    return inputs.to(inputs.x.dtype, torch.device("cuda"))
 
 
-def back(found: Named) -> Named:
-    return {name: value.cpu() for name, value in found.items()}
-
-
-class DeviceTruth(Truth):
-    """As :class:`helpers.Truth`, with what plain PyTorch makes of it on the device."""
-
-    def __init__(self, cell: str, case: Case, arithmetic: str) -> None:
-        self.cell, self.case, self.dtype = cell, case, DTYPES[arithmetic]
-        # cuDNN may choose exact products where TF32 is allowed, and so come closer than TF32 can.
-        self.eps = TF32_EPS if arithmetic == "tf32" else None
-        inputs = make_inputs(cell, case, self.dtype)
-        self.exact = run(cell, case, inputs.to(torch.float64), "reference")
-        with float32_products(arithmetic):
-            result = back(run_plain(cell, case, on_device(inputs)))
-        exact = self._on_the_side_of(result)
-        self.plain = {name: rms(result[name].double() - exact[name]) for name in exact}
-
-
-truth = functools.lru_cache(maxsize=2)(DeviceTruth)
+@functools.lru_cache(maxsize=2)
+def truth(cell: str, case: Case, arithmetic: str) -> Truth:
+    tf32 = arithmetic == "tf32"
+    return Truth(cell, case, DTYPES[arithmetic], device=torch.device("cuda"), tf32=tf32)
 
 
 def layer(kind: str, *args: Any, **options: Any) -> fastrnn.LSTM:
@@ -117,8 +91,8 @@ def test_values_and_gradients(backend: str, cell: str, case: Case, name: str) ->
     expected = truth(cell, case, name)
     inputs = on_device(make_inputs(cell, case, DTYPES[name]))
     with float32_products(name), poisoned():
-        ours = back(run(cell, case, inputs, backend))
-    expected.check(ours, expected.eps)
+        ours = run(cell, case, inputs, backend)
+    expected.check(ours)
 
 
 @pytest.fixture
@@ -147,8 +121,8 @@ def test_grids_where_clusters_would_serve(grids: str, cell: str, case: Case, nam
     expected = truth(cell, case, name)
     inputs = on_device(make_inputs(cell, case, DTYPES[name]))
     with float32_products(name), poisoned():
-        ours = back(run(cell, case, inputs, grids))
-    expected.check(ours, expected.eps)
+        ours = run(cell, case, inputs, grids)
+    expected.check(ours)
 
 
 @pytest.mark.parametrize("name", DTYPES)

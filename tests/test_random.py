@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from helpers import (
     BACKEND_NAMES,
-    TORCH_LAYERS,
     Case,
     Truth,
     check_module,
@@ -23,6 +22,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 import fastrnn
 from fastrnn.backends import Problem, by_name
 from fastrnn.cells import CELLS
+from fastrnn.validation import TORCH_LAYERS
 
 patient = settings(
     deadline=None,

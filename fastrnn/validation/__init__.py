@@ -1,0 +1,42 @@
+"""Whether a backend computes what it should: the criterion of the tests, the benchmarks and
+``python -m fastrnn check`` alike."""
+
+from .budget import (
+    TF32_EPS,
+    Truth,
+    WrongResultError,
+    assert_within_budget,
+    floor,
+    rms,
+)
+from .cases import (
+    TORCH_LAYERS,
+    Case,
+    Inputs,
+    Named,
+    as_function,
+    collect,
+    float32_products,
+    make_inputs,
+    run,
+    run_plain,
+)
+
+__all__ = [
+    "TF32_EPS",
+    "TORCH_LAYERS",
+    "Case",
+    "Inputs",
+    "Named",
+    "Truth",
+    "WrongResultError",
+    "as_function",
+    "assert_within_budget",
+    "collect",
+    "float32_products",
+    "floor",
+    "make_inputs",
+    "rms",
+    "run",
+    "run_plain",
+]
