@@ -11,12 +11,13 @@ from contextlib import contextmanager
 
 import torch
 
-from benchmarks import machine
 from benchmarks.cases import LIBRARIES, Setup
 from benchmarks.check import verify
 from benchmarks.run import DISTURBANCE
 from benchmarks.shapes import CELLS, VARIANT_SHAPE, Case
-from benchmarks.timing import Timing, alternate
+from fastrnn.cores import usable_cores
+from fastrnn.machine import cpu_name
+from fastrnn.timing import Timing, alternate
 
 TARGET = 2.5
 SETTLE_SECONDS = 0.3
@@ -47,8 +48,8 @@ def main() -> int:
     parser.add_argument("--cell", nargs="+", choices=CELLS, default=CELLS)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each layer, quiet and busy")
     options = parser.parse_args()
-    torch.set_num_threads(machine.usable_cores())
-    print(f"{machine.cpu_name()}, {torch.get_num_threads()} threads; medians, ms a training step")
+    torch.set_num_threads(usable_cores())
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads; medians, ms a training step")
     print(f"{'':<28}{'quiet':>9}{'busy':>9}{'ratio':>7}   target for fastrnn: {TARGET}")
     met = True
     for cell in options.cell:

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
 from benchmarks.shapes import DTYPES, SHORTEST, Case
-from benchmarks.timing import Subject
 from fastrnn.cells import CELLS
+from fastrnn.timing import Subject
 
 SEED = 2
 LIBRARIES: dict[str, ModuleType] = {"fastrnn": fastrnn, "torch": nn}
@@ -53,6 +53,9 @@ class Results(NamedTuple):
 
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
+
+    def by_name(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.tensors, strict=True))
 
 
 class Setup:

@@ -3,65 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Results, Setup
-
-FACTOR = 2.0
-
-
-class WrongResultError(Exception):
-    """A layer's output or gradient is further from the reference than the budget allows."""
+from benchmarks.cases import Results, Setup, rows_of_steps
+from fastrnn.validation import WrongResultError, assert_within_budget, rms
 
 
-def error(value: Tensor, reference: Tensor) -> float:
-    """max|value - reference| / max|reference|."""
-    if value.shape != reference.shape:
-        raise WrongResultError(f"shape {tuple(value.shape)} instead of {tuple(reference.shape)}")
-    scale = reference.abs().max().clamp(min=torch.finfo(reference.dtype).tiny)
-    return float((value.to(reference.dtype) - reference).abs().max() / scale)
+def compare(
+    ours: Results, theirs: Results, exact: Results, terms: int, eps: float | None = None
+) -> dict[str, float]:
+    """The share of its budget that our error takes, by tensor; raises where it is above one.
 
-
-def floor(shape: Sequence[int], dtype: torch.dtype, eps: float | None = None) -> float:
-    """The error that even a right result may have where torch's own is, by luck, nothing.
-
-    Rounding the result to its dtype costs half an epsilon. The longest sum, over a gate's inputs
-    or over all rows of a weight's gradient, accumulates as many roundings in float32, and
-    independent roundings grow with the square root of their number. `eps` is that of the dtype,
-    unless products may round their factors further.
+    `terms` and `eps` are as for :func:`fastrnn.validation.floor`.
     """
-    T, B, I, H = shape
-    unit = (eps or torch.finfo(dtype).eps) / 2
-    return unit + math.sqrt(max(I + H, T * B)) * torch.finfo(torch.float32).eps / 2
-
-
-def compare(ours: Results, theirs: Results, exact: Results, floor: float) -> dict[str, float]:
-    """The quotient of our error and its budget, by tensor; raises where it is above one.
-
-    The budget is twice the error of torch.nn in the same dtype, plus `floor`.
-    """
-    used = {}
-    for name, our, their, right in zip(
-        exact.names, ours.tensors, theirs.tensors, exact.tensors, strict=True
-    ):
-        ours_error, theirs_error = error(our, right), error(their, right)
-        budget = FACTOR * theirs_error + floor
-        # The negation catches NaN, which compares false with everything.
-        if not ours_error <= budget:
-            raise WrongResultError(
-                f"{name}: error {ours_error:.2e}, torch's {theirs_error:.2e}, budget {budget:.2e}"
-            )
-        used[name] = ours_error / budget
-    return used
+    dtype = theirs.tensors[0].dtype
+    found, plain, right = (r.by_name() for r in (ours, theirs, exact))
+    return assert_within_budget(found, plain, right, dtype, terms, eps)
 
 
 def verify(setup: Setup) -> dict[str, float]:
     """Checks fastrnn against torch.nn and the exact results of one case."""
     ours, theirs = setup.results("fastrnn"), setup.results("torch")
-    return compare(ours, theirs, setup.reference(), floor(setup.case.shape, setup.x.dtype))
+    terms = max(rows_of_steps(setup.case), setup.case.shape.I + setup.case.shape.H)
+    return compare(ours, theirs, setup.reference(), terms)
 
 
 def verify_opponent(y: Tensor, setup: Setup) -> None:
@@ -70,6 +36,9 @@ def verify_opponent(y: Tensor, setup: Setup) -> None:
     Its accuracy is its own affair; a gate in the wrong place is ours.
     """
     theirs = setup.results("torch").tensors[0]
-    found, budget = error(y, theirs), math.sqrt(torch.finfo(theirs.dtype).eps)
-    if not found <= budget:
-        raise WrongResultError(f"y: error {found:.2e}, budget {budget:.2e}")
+    if y.shape != theirs.shape:
+        raise WrongResultError(f"y: shape {tuple(y.shape)} instead of {tuple(theirs.shape)}")
+    error = rms(y.to(theirs.dtype) - theirs) / rms(theirs)
+    budget = math.sqrt(torch.finfo(theirs.dtype).eps)
+    if not error <= budget:
+        raise WrongResultError(f"y: error {error:.2e}, budget {budget:.2e}")

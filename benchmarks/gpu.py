@@ -33,10 +33,12 @@ from torch.nn.functional import linear
 import fastrnn
 from benchmarks import machine
 from benchmarks.cases import Results
-from benchmarks.check import compare, floor
+from benchmarks.check import compare
 from benchmarks.results import FOLDER
 from fastrnn.backends import BACKENDS
 from fastrnn.cells import CELLS
+from fastrnn.machine import version
+from fastrnn.validation import TF32_EPS
 
 DTYPES = {
     "fp32": torch.float32,
@@ -44,7 +46,6 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-TF32_EPS = 2.0**-10
 MODES = ("inference", "training")
 SEED = 2
 INPUTS = 4  # that take turns
@@ -219,7 +220,7 @@ class Setup:
         exact = self.results(double, double, torch.float64)
         dtype, (T, B, H) = DTYPES[self.case.dtype], self.case.shape
         theirs = self.results(self.theirs, self.theirs, dtype)
-        least = floor((T, B, H, H), dtype, TF32_EPS if self.case.dtype == "tf32" else None)
+        terms, eps = max(T * B, 2 * H), TF32_EPS if self.case.dtype == "tf32" else None
         for name in own_backends():
             with fastrnn.backend(name), torch.set_grad_enabled(self.training):
                 reason = fastrnn.explain(self.ours, self.inputs[0])[0].refusals.get(name)
@@ -228,7 +229,7 @@ class Setup:
                 continue
             try:
                 ours = self.results(self.ours, self._forced(name), dtype)
-                used = compare(ours, theirs, exact, least)
+                used = compare(ours, theirs, exact, terms, eps)
             except Exception as failure:  # whatever it is, the table goes on
                 row.wrong[name] = reason_of(failure)
             else:
@@ -325,7 +326,7 @@ def describe() -> dict[str, Any]:
         "driver": driver(),
         "cuda": torch.version.cuda or torch.version.hip,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "triton": machine.version("triton"),
+        "triton": version("triton"),
     }
 
 

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import fastrnn
 from fastrnn import _C
+from fastrnn.cores import usable_cores
+from fastrnn.machine import cpu_name, version
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor() or platform.machine()
-    for line in cpuinfo.read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in {"model name", "Hardware", "cpu model"}:
-            return value.strip()
-    return platform.machine()
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on, not those that the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def commit() -> str:
@@ -46,13 +28,6 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def fma_peak(threads: int, seconds: float = 0.5) -> float:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from benchmarks import machine
 from benchmarks.run import DISTURBANCE
-from benchmarks.timing import Subject, alternate
+from fastrnn.cores import usable_cores
+from fastrnn.machine import cpu_name
+from fastrnn.timing import Subject, alternate
 
 T, B, H = 4096, 8, 256
 EVERY = (0, 32, 64, 128, 256, 512)
@@ -82,12 +83,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="for each setting")
     parser.add_argument("--growth", nargs=2, metavar=("CELL", "EVERY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(machine.usable_cores())
+    torch.set_num_threads(usable_cores())
     if options.growth:
         cell, every = options.growth
         print(growth(cell, int(every)))
         return 0
-    print(f"{machine.cpu_name()}, {torch.get_num_threads()} threads; T={T} B={B} I=H={H}, float32")
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads; T={T} B={B} I=H={H}, float32")
     print(f"{'':<18}{'ms':>8}{'time':>7}{'peak MB':>9}{'less':>7}{'kept MB':>9}{'less':>7}")
     met = True
     for cell, layer in CELLS.items():

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.timing import Timing, alternate
+from fastrnn.timing import Timing, alternate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

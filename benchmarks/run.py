@@ -20,11 +20,13 @@ import torch
 
 from benchmarks import graph, machine, shapes
 from benchmarks.cases import Setup, flops
-from benchmarks.check import WrongResultError, verify, verify_opponent
+from benchmarks.check import verify, verify_opponent
 from benchmarks.opponents import OPPONENTS, Opponent, OpponentError, missing
 from benchmarks.results import FOLDER, Row, Run, summaries, verdicts
 from benchmarks.shapes import Case
-from benchmarks.timing import Timing, alternate
+from fastrnn.cores import usable_cores
+from fastrnn.timing import Timing, alternate
+from fastrnn.validation import WrongResultError
 
 
 class Effort(NamedTuple):
@@ -58,7 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--opponents", action="store_true", help=f"time {' and '.join(OPPONENTS)} too"
     )
-    parser.add_argument("--threads", type=int, default=machine.usable_cores())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--quick", action="store_true", help="less time for each case")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     return parser.parse_args(arguments)
@@ -97,7 +99,7 @@ def refusal(opponent: Opponent, setup: Setup) -> str | None:
 
 def spare_cores() -> float:
     """What other processes may use without disturbing ours."""
-    return max(0, machine.usable_cores() - torch.get_num_threads()) + DISTURBANCE
+    return max(0, usable_cores() - torch.get_num_threads()) + DISTURBANCE
 
 
 def quietest(setup: Setup, effort: Effort, opponents: list[Opponent]) -> dict[str, Timing]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import fastrnn
-from benchmarks.timing import Subject, alternate
+from fastrnn.timing import Subject, alternate
 
 LAYERS: dict[str, Callable[[int, int], nn.RNNBase]] = {
     "lstm": fastrnn.LSTM,
