@@ -94,11 +94,11 @@ def explain(
     states = [] if hx is None else [hx] if isinstance(hx, Tensor) else list(hx)
     grad = any(t.requires_grad for t in (x, *states))
     found = []
-    states_asked = getattr(layer, "return_states", False)
+    last, every = (getattr(layer, name, False) for name in ("return_states", "return_layers"))
     for k, flat in enumerate(weights):
         grad = grad or any(w is not None and w.requires_grad for w in flat)
         inputs = Inputs(x, batch_sizes, lengths, reset, (None,) * 4, flat)
-        all_states = states_asked and k == len(weights) - 1
+        all_states = every or (last and k == len(weights) - 1)
         problem = ops.describe(layer._cell, inputs, reverse, batch, all_states, grad)
         problem = problem._replace(
             dtype=_computed_in(x), grouped=False, grad=grad and torch.is_grad_enabled()

@@ -47,6 +47,7 @@ def stack(
     all_states: bool = False,
     recompute: int = 0,
     check: Check | None = None,
+    every: list[States] | None = None,
 ) -> tuple[Tensor, States, Tensor | None]:
     """Layers on top of each other, each reading the output of the one below.
 
@@ -64,6 +65,8 @@ def stack(
         all_states: return c after every step, for cells that have one.
         recompute: as for :func:`layer`.
         check: as for :func:`layer`, of the first layer.
+        every: a list to which each layer's states after every step are appended: its output and,
+            for cells that have one, its c, shaped as the last layer's are.
 
     Returns:
         The last layer's output [T, B, D*out] or [N, D*out]; the last states, of the shapes of `hx`;
@@ -75,10 +78,14 @@ def stack(
     """
     reverse = (False, True) if bidirectional else (False,)
     if len(weights) == 1:
-        return layer(
+        y, end, c = layer(
             cell, x, hx, weights[0], reverse, batch_sizes, lengths=lengths, reset=reset,
-            reset_states=reset_hx, all_states=all_states, recompute=recompute, check=check,
+            reset_states=reset_hx, all_states=all_states or every is not None,
+            recompute=recompute, check=check,
         )  # fmt: skip
+        if every is not None:
+            every.append((y,) if c is None else (y, c))
+        return y, end, c
     groups, layers = len(reverse), len(weights)
     if lengths is not None or reset is not None:  # moved to x's device once for all layers
         _check_input(x, batch_sizes)
@@ -97,11 +104,13 @@ def stack(
             lengths=lengths,
             reset=reset,
             reset_states=_of_layer(reset_hx, mine),
-            all_states=all_states and k == layers - 1,
+            all_states=every is not None or (all_states and k == layers - 1),
             recompute=recompute,
             check=None if k else check,
         )
         ends.append(end)
+        if every is not None:
+            every.append((x,) if c is None else (x, c))
         if training and dropout and k < layers - 1:
             x = _dropout(x, dropout)
     return x, tuple(torch.cat(s) for s in zip(*ends, strict=True)), c

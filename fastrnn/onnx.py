@@ -157,7 +157,9 @@ def _refusal(
     if reset:
         return "its operators have no resets inside a sequence"
     if all_states:
-        return "its LSTM does not return the cell state of every step (return_states)"
+        return (
+            "its LSTM does not return the cell state of every step (return_states, return_layers)"
+        )
     return None
 
 

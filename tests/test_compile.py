@@ -89,7 +89,9 @@ def test_one_graph_for_every_length_and_batch(
     check_one_graph(layer, how)
 
 
-@pytest.mark.parametrize("own", [{"return_states": True}, {"proj_size": 2}, {"bias": False}])
+@pytest.mark.parametrize(
+    "own", [{"return_states": True}, {"return_layers": True}, {"proj_size": 2}, {"bias": False}]
+)
 def test_one_graph_with_the_layers_options(own: Any) -> None:
     layer = fastrnn.LSTM(I, H, 2, bidirectional=True, **own)
     skip_unless_fused(layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,19 @@ Device = torch.device | str | int | None
 
 # What torch.nn's layers lack: off in the class, and an attribute of the instance only when asked
 # for, so that convert() and pickles need know nothing of them.
-OWN_OPTIONS = ("return_states", "weight_dropout", "recompute")
+OWN_OPTIONS = ("return_states", "return_layers", "weight_dropout", "recompute")
+
+
+def _as_it_is(steps: Tensor) -> Tensor:
+    return steps
+
+
+def _batch_first(steps: Tensor) -> Tensor:
+    return steps.transpose(0, 1)
+
+
+def _unbatched(steps: Tensor) -> Tensor:
+    return steps.squeeze(1)
 
 
 class Layers(NotScriptable, RNNBase):
@@ -29,6 +42,7 @@ class Layers(NotScriptable, RNNBase):
     _kind: ClassVar[str]
     _rank_text: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
     return_states: bool = False
+    return_layers: bool = False
     weight_dropout: float = 0  # which torch.compile takes for a constant, as it does not 0.0
     recompute: int = 0
 
@@ -36,6 +50,12 @@ class Layers(NotScriptable, RNNBase):
         """As torch.nn's, with the options that it does not have where they are in use."""
         own = [f"{name}={getattr(self, name)}" for name in OWN_OPTIONS if getattr(self, name)]
         return ", ".join([super().extra_repr(), *own])
+
+    def _return_more(self, states: bool, layers: bool) -> None:
+        if states:
+            self.return_states = True
+        if layers:
+            self.return_layers = True
 
     def _keep_every(self, recompute: int) -> None:
         if isinstance(recompute, bool) or not isinstance(recompute, int):
@@ -95,10 +115,8 @@ class Layers(NotScriptable, RNNBase):
             x, reset = x.transpose(0, 1), None if reset is None else reset.t()
         if resets is not None:
             resets = tuple(s.expand(-1, x.shape[1], -1) for s in resets)
-        y, ends, c = self._run(x, states, lengths=lengths, reset=reset, reset_hx=resets)
-        if self.batch_first:
-            y, c = y.transpose(0, 1), None if c is None else c.transpose(0, 1)
-        return self._results(y, ends, c)
+        results = self._run(x, states, lengths=lengths, reset=reset, reset_hx=resets)
+        return self._results(*results, _batch_first if self.batch_first else _as_it_is)
 
     def _forward_unbatched(
         self, x: Tensor, states: States | None, reset: Tensor | None, resets: States | None
@@ -106,30 +124,42 @@ class Layers(NotScriptable, RNNBase):
         alone = states is None and reset is None and resets is None
         if alone and torch._C._are_functorch_transforms_active():
             return self._results(*self._run(x, None))  # a vmap's members may be the batch
-        y, ends, c = self._run(
+        y, ends, c, layers = self._run(
             x.unsqueeze(1),
             None if states is None else tuple(s.unsqueeze(1) for s in states),
             reset=None if reset is None else reset.unsqueeze(1),
             reset_hx=None if resets is None else tuple(s.unsqueeze(1) for s in resets),
         )
-        return self._results(
-            y.squeeze(1), tuple(s.squeeze(1) for s in ends), None if c is None else c.squeeze(1)
-        )
+        return self._results(y, tuple(s.squeeze(1) for s in ends), c, layers, _unbatched)
 
     def _forward_packed(self, input: PackedSequence, hx: Any) -> Any:
         data, batch_sizes, order, back = input
         states = None if hx is None else self._states(hx, None)
-        y, ends, c = self._run(data, states, batch_sizes, order)
-        return self._results(
-            PackedSequence(y, batch_sizes, order, back),
-            _permute(ends, back),
-            None if c is None else PackedSequence(c, batch_sizes, order, back),
-        )
+        y, ends, c, layers = self._run(data, states, batch_sizes, order)
 
-    def _results(self, y: Any, ends: States, c: Any) -> Any:
+        def packed(rows: Tensor) -> PackedSequence:
+            return PackedSequence(rows, batch_sizes, order, back)
+
+        return self._results(y, _permute(ends, back), c, layers, packed)
+
+    def _results(
+        self,
+        y: Any,
+        ends: States,
+        c: Tensor | None,
+        layers: list[States],
+        lay: Callable[[Tensor], Any] = _as_it_is,
+    ) -> Any:
+        """What a call returns; `lay` gives what has a time dimension the layout of the input."""
+        y = lay(y)
+        if not self.return_states and not self.return_layers:
+            return y, self._hidden(ends)
+        results = [y, self._hidden(ends)]
         if self.return_states:
-            return y, self._hidden(ends), c
-        return y, self._hidden(ends)
+            results.append(y if c is None else lay(c))
+        if self.return_layers:
+            results.append([self._hidden(tuple(map(lay, states))) for states in layers])
+        return tuple(results)
 
     def _run(
         self,
@@ -138,15 +168,18 @@ class Layers(NotScriptable, RNNBase):
         batch_sizes: Tensor | None = None,
         order: Tensor | None = None,
         **options: Any,
-    ) -> tuple[Tensor, States, Tensor | None]:
+    ) -> tuple[Tensor, States, Tensor | None, list[States]]:
+        """y, the last states, c of every step or None, and with return_layers all states of every
+        layer."""
         weights = self._weights()
+        layers: list[States] = []
         check: functional.Check | None = self._check
         if states is not None and self.num_layers > 1:  # of which a layer sees only its own
             self._check(x, states, weights[0], batch_sizes)
             check = None
         if self.training and self.weight_dropout:
             weights = [self._drop_recurrent(flat) for flat in weights]
-        return functional.stack(
+        y, ends, c = functional.stack(
             self._cell,
             x,
             None if states is None else _permute(states, order),
@@ -158,8 +191,10 @@ class Layers(NotScriptable, RNNBase):
             all_states=self.return_states,
             recompute=self.recompute,
             check=check,
+            every=layers if self.return_layers else None,
             **options,
         )
+        return y, ends, c, layers
 
     @property
     def _cell(self) -> str:
@@ -260,6 +295,13 @@ class RNN(Layers):
     hidden_size], output [T, B, D*hidden_size]. dtypes: any floating dtype of torch;
     :func:`fastrnn.explain` tells which are fused.
 
+    With ``return_states=True``, which torch.nn does not have, the result is ``(output, h_n, h)``:
+    h_t of every step, which is the output once more, where an LSTM has c_t.
+
+    With ``return_layers=True``, which torch.nn does not have, the result ends with a list of the
+    states of all layers after every step, the lowest layer first: h of shape [T, B, D*hidden_size],
+    laid out as the output is, before any dropout, and differentiable.
+
     With ``weight_dropout=p``, which torch.nn does not have, every call in training mode zeroes each
     element of every weight_hh with probability p and scales the others by 1 / (1 - p): DropConnect
     (Wan et al. 2013), on recurrent weights as in Merity et al. 2018. One mask serves all timesteps
@@ -286,6 +328,8 @@ class RNN(Layers):
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
+        return_states: bool = False,
+        return_layers: bool = False,
         weight_dropout: float = 0.0,
         recompute: int = 0,
     ) -> None:
@@ -307,6 +351,7 @@ class RNN(Layers):
             device=device,
             dtype=dtype,
         )
+        self._return_more(return_states, return_layers)
         self._drop_weights(weight_dropout)
         self._keep_every(recompute)
 
@@ -328,6 +373,10 @@ class LSTM(Layers):
     With ``return_states=True``, which torch.nn does not have, the result is ``(output, (h_n, c_n),
     c)``: c_t of every step of the last layer, [T, B, D*hidden_size], batch-first or packed as the
     output is, and differentiable.
+
+    With ``return_layers=True``, which torch.nn does not have, the result ends with a list of the
+    states of all layers after every step, the lowest layer first: (h, c) of shapes [T, B, D*out]
+    and [T, B, D*hidden_size], laid out as the output is, before any dropout, and differentiable.
 
     With ``weight_dropout=p``, which torch.nn does not have, every call in training mode zeroes each
     element of every weight_hh with probability p and scales the others by 1 / (1 - p): DropConnect
@@ -358,6 +407,7 @@ class LSTM(Layers):
         dtype: torch.dtype | None = None,
         *,
         return_states: bool = False,
+        return_layers: bool = False,
         weight_dropout: float = 0.0,
         recompute: int = 0,
     ) -> None:
@@ -374,8 +424,7 @@ class LSTM(Layers):
             device,
             dtype,
         )
-        if return_states:
-            self.return_states = True
+        self._return_more(return_states, return_layers)
         self._drop_weights(weight_dropout)
         self._keep_every(recompute)
 
@@ -411,6 +460,13 @@ class GRU(Layers):
     hidden_size], output [T, B, D*hidden_size]. dtypes: any floating dtype of torch;
     :func:`fastrnn.explain` tells which are fused.
 
+    With ``return_states=True``, which torch.nn does not have, the result is ``(output, h_n, h)``:
+    h_t of every step, which is the output once more, where an LSTM has c_t.
+
+    With ``return_layers=True``, which torch.nn does not have, the result ends with a list of the
+    states of all layers after every step, the lowest layer first: h of shape [T, B, D*hidden_size],
+    laid out as the output is, before any dropout, and differentiable.
+
     With ``weight_dropout=p``, which torch.nn does not have, every call in training mode zeroes each
     element of every weight_hh with probability p and scales the others by 1 / (1 - p): DropConnect
     (Wan et al. 2013), on recurrent weights as in Merity et al. 2018. One mask serves all timesteps
@@ -435,6 +491,8 @@ class GRU(Layers):
         device: Device = None,
         dtype: torch.dtype | None = None,
         *,
+        return_states: bool = False,
+        return_layers: bool = False,
         weight_dropout: float = 0.0,
         recompute: int = 0,
     ) -> None:
@@ -451,6 +509,7 @@ class GRU(Layers):
             device=device,
             dtype=dtype,
         )
+        self._return_more(return_states, return_layers)
         self._drop_weights(weight_dropout)
         self._keep_every(recompute)
 
