@@ -212,10 +212,15 @@ def _translate(
     ]
     attributes: dict[str, Any] = {"hidden_size": H, "direction": _DIRECTIONS[direction]}
     if cell == "lstm":
-        y, h_n, c_n = op.LSTM(*inputs, states[1], **attributes)
+        y, *ends = op.LSTM(*inputs, states[1], **attributes)
     elif cell == "gru":
-        y, h_n = op.GRU(*inputs, linear_before_reset=1, **attributes)
+        y, *ends = op.GRU(*inputs, linear_before_reset=1, **attributes)
     else:
-        y, h_n = op.RNN(*inputs, activations=[cell.removeprefix("rnn_").title()] * D, **attributes)
+        activations = [cell.removeprefix("rnn_").title()] * D
+        y, *ends = op.RNN(*inputs, activations=activations, **attributes)
+    if lengths is not None and states[0] is not None:
+        # The operators leave zeros where a row has no steps: it ends in its initial state.
+        empty = op.Unsqueeze(op.Equal(lengths, 0), [0, 2])  # [1, B, 1]
+        ends = [op.Where(empty, states[k], end) for k, end in enumerate(ends)]
     y = op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, -1])  # from [T, D, B, H]
-    return [y, h_n, c_n] if cell == "lstm" else [y, h_n]
+    return [y, *ends]

@@ -72,7 +72,6 @@ class Layers(NotScriptable, RNNBase):
         self,
         input: Any,
         hx: Any = None,
-        *,
         lengths: Tensor | None = None,
         reset: Tensor | None = None,
         reset_hx: Any = None,
