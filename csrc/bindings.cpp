@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -29,8 +30,11 @@ struct pybind11::detail::type_caster<fastrnn::Tensor> {
 namespace fastrnn {
 namespace {
 
-// For tests, whose sizes are small.
+// For tests, whose sizes are small and whose sums shall be in the order of any number of threads.
 std::atomic<bool> always_all_threads{false};
+
+// What the process's quota pays for, if it has one.
+std::atomic<int> most_cores{std::numeric_limits<int>::max()};
 
 template <class Args>
 struct Direction;
@@ -72,14 +76,25 @@ void prepare_pages(const Call& call, const BackwardArgs& args, int64_t workspace
   prefer_huge_pages(args.workspace, workspace);
 }
 
+// Of no more threads than cores, nor than the call may have. The affinity is asked for only where more than one thread
+// pays, for that takes as long as a small call's checks.
+template <class Args>
+Plan make_plan(const Call& call, const Args& args) {
+  const auto planned = [&](int threads, bool always) {
+    return Direction<Args>::make_plan(call.table, call.cell, call.dtype, {threads, always}, args);
+  };
+  if (always_all_threads.load()) return planned(call.threads, true);
+  const Plan plan = planned(std::min(call.threads, most_cores.load()), false);
+  const int cores = plan.threads > 1 ? available_cores() : 1;
+  return cores < plan.threads ? planned(cores, false) : plan;
+}
+
 // Runs the kernel and returns 0, or, where the workspace is too small, only returns how many bytes it takes.
 template <class Args>
 int64_t run(const Call& call, Args args, const Tensor& workspace) {
   using D = Direction<Args>;
-  const auto planned = [&](int threads) {
-    return D::make_plan(call.table, call.cell, call.dtype, {threads, always_all_threads.load()}, args);
-  };
-  const Plan plans[] = {planned(call.threads), planned(1)};
+  const Plan alone = D::make_plan(call.table, call.cell, call.dtype, {1, false}, args);
+  const Plan plans[] = {make_plan(call, args), alone};
   const int64_t needed = workspace_bytes(call, plans, args);
   if (workspace.numel() < needed) return needed;
   args.workspace = workspace.data();
@@ -95,7 +110,7 @@ int64_t run(const Call& call, Args args, const Tensor& workspace) {
   const py::gil_scoped_release release;
   prepare_pages(call, args, needed);
   for (const Plan& plan : plans) {
-    if (launch(plan, body, &context)) break;
+    if (launch(plan, call.threads, body, &context)) break;
   }
   return 0;
 }
@@ -149,7 +164,7 @@ double fma_peak(int threads, double seconds) {
   };
   {
     const py::gil_scoped_release release;
-    if (!launch(plan, body, &context)) throw std::runtime_error("that many threads could not be had");
+    if (!launch(plan, threads, body, &context)) throw std::runtime_error("that many threads could not be had");
   }
   double total = 0;
   for (double rate : context.rates) total += rate;
@@ -181,7 +196,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &use_isa, "Use this instruction set from now on, in the whole process.");
   m.def(
       "use_all_threads", [](bool always) { always_all_threads.store(always); },
-      "Whether every call uses all threads from now on, in the whole process, however little that saves.");
+      "Whether every call uses all threads from now on, in the whole process, however little that saves, and though "
+      "there be fewer cores.");
+  m.def("available_cores", &available_cores, "Cores by affinity; see fastrnn/cores.py.");
+  m.def(
+      "limit_cores", [](int most) { most_cores.store(std::max(1, most)); },
+      "Use no more threads than this from now on, in the whole process.");
   m.def("fma_peak", &fma_peak, "Measured float32 multiply-add rate of that many threads together, GF/s.");
   m.def("reads_by_table", &reads_by_table, "Whether tensors are read through DLPack's table of functions.");
   m.def("read_by_table", &read_by_table, "Read them so from now on, or by their methods.");

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <system_error>
@@ -55,7 +56,15 @@ bool launch_openmp(const Plan& plan, TeamBody body, const void* context, const T
 
 }  // namespace
 
-bool launch(const Plan& plan, TeamBody body, const void* context) {
+int available_cores() {
+#if defined(_OPENMP)
+  return omp_get_num_procs();
+#else
+  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+#endif
+}
+
+bool launch(const Plan& plan, int pool, TeamBody body, const void* context) {
   static_cast<void>(at_fork);
   const int sets = plan.group_parts * plan.row_parts;
   const std::unique_ptr<Barrier[]> barriers(new Barrier[1 + sets]);
@@ -66,7 +75,9 @@ bool launch(const Plan& plan, TeamBody body, const void* context) {
     return true;
   }
 #if defined(_OPENMP)
-  if (!forked.load()) return launch_openmp(plan, body, context, team);
+  // A region of fewer threads than the last one had ends those that it lacks, and torch's next region makes them anew:
+  // that takes milliseconds, where more threads than cores do it.
+  if (plan.threads == pool && !forked.load()) return launch_openmp(plan, body, context, team);
 #endif
   return launch_threads(plan, body, context, team);
 }

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import cores
 from .base import Grads, Inputs, Outputs, Problem, SavedShape
 from .segments import packed
 
@@ -27,6 +28,8 @@ except ImportError as error:
 else:
     _MISSING = None
     _CELLS = _C.cells()
+    if (_limit := cores.quota()) is not None:
+        _C.limit_cores(_limit)
 
 _DEVICE = torch.device("cpu")  # comparing devices takes torch less than telling their types
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)

@@ -317,7 +317,7 @@ void call(const Kernel& kernel, const Division& division, Args& args, int fill) 
     const auto& [team_kernel, team_args] = *static_cast<const std::pair<const Kernel*, const Args*>*>(c);
     team_kernel->run(*team_args, team_plan, team, thread);
   };
-  if (!launch(plan, body, &context)) fail("no threads");
+  if (!launch(plan, plan.threads, body, &context)) fail("no threads");
   ++calls;
 }
 
