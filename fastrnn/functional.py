@@ -6,6 +6,7 @@ Everything is checked here before a kernel sees it. Nothing here knows a cell or
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -358,6 +359,9 @@ def _check_steps(
             raise RuntimeError("a packed sequence takes neither lengths nor reset")
         return None, None
     T, B = x.shape[:2]
+    for name, given in (("lengths", lengths), ("reset", reset)):
+        if given is not None and given.is_meta and not x.is_meta:
+            raise RuntimeError(f"{name} is on the meta device, where it has no values to go by")
     if lengths is not None:
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
             raise RuntimeError(f"lengths must be integers, got {lengths.dtype}")
@@ -373,6 +377,27 @@ def _check_steps(
             raise RuntimeError(f"Expected reset size {(T, B)}, got {list(reset.shape)}")
         reset = reset.to(x.device)
     return lengths, reset
+
+
+def as_tensor(given: Any, name: str, dtype: torch.dtype) -> Tensor:
+    """`given` itself where it is a tensor, or as one on the CPU. `dtype` is that of an empty one,
+    whose values tell none.
+
+    Raises:
+        TypeError: it is neither a tensor nor an array nor a sequence of numbers.
+    """
+    if isinstance(given, Tensor):
+        return given
+    # torch takes no array that runs backwards, and warns of one that may not be written to.
+    values = given.copy() if hasattr(given, "copy") else given
+    try:
+        tensor = torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} should be a tensor, a NumPy array or a list, got {type(given).__name__}: "
+            f"{error}"
+        ) from error
+    return tensor if tensor.numel() else tensor.to(dtype)
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -401,9 +426,25 @@ def _check_states(
     for k, state in enumerate(states):
         shape = (*lead, sizes[0] if k else sizes[1])
         if state.shape != shape:
-            raise RuntimeError(f"Expected {name}[{k}] size {shape}, got {list(state.shape)}")
+            raise wrong_size(f"{name}[{k}]", shape, state)
         if state.dtype != x.dtype or state.device != x.device:
             _raise_mismatch(x, state, name)
+
+
+def wrong_size(name: str, expected: tuple[int, ...], state: Tensor) -> RuntimeError:
+    """torch.nn's error for a state of another size."""
+    hint = hint_to_expand(expected, state)
+    return RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}{hint}")
+
+
+def hint_to_expand(expected: tuple[int, ...], state: Tensor) -> str:
+    """The end of an error's text: what to do with a state of one row, where a batch is expected.
+    Its batch is the last dimension but one."""
+    *lead, B, width = expected
+    if tuple(state.shape) != (*lead, 1, width):
+        return ""
+    sizes = ", ".join(map(str, [*[-1] * len(lead), B, -1]))
+    return f"; to begin every row from one state, give it as .expand({sizes})"
 
 
 def _raise_mismatch(x: Tensor, other: Tensor, what: str) -> None:

@@ -108,23 +108,13 @@ SAME: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "no steps": lambda k: (x_of(0, B, I),),
     "no steps unbatched": lambda k: (x_of(0, I),),
     "no steps with hx": lambda k: (x_of(0, B, I), hx(k, 1, B, H)),
-    "list": lambda k: ([1.0, 2.0],),
-    "None": lambda k: (None,),
-    "number": lambda k: (3,),
     "hx batch": lambda k: (x_of(T, B, I), hx(k, 1, B + 1, H)),
-    "hx batch of 1": lambda k: (x_of(T, B, I), hx(k, 1, 1, H)),
     "hx hidden": lambda k: (x_of(T, B, I), hx(k, 1, B, H + 1)),
     "hx layers": lambda k: (x_of(T, B, I), hx(k, 2, B, H)),
     "hx 2-D": lambda k: (x_of(T, B, I), hx(k, B, H)),
     "hx 4-D": lambda k: (x_of(T, B, I), hx(k, 1, 1, B, H)),
     "hx 3-D unbatched": lambda k: (x_of(T, I), hx(k, 1, 1, H)),
     "hx hidden unbatched": lambda k: (x_of(T, I), hx(k, 1, H + 1)),
-    "hx number": lambda k: (x_of(T, B, I), 3),
-    "hx text": lambda k: (x_of(T, B, I), "ab"),
-    "hx of numbers": lambda k: (x_of(T, B, I), (1, 2)),
-    "hx tuple of one": lambda k: (x_of(T, B, I), (x_of(1, B, H),)),
-    "hx tuple of three": lambda k: (x_of(T, B, I), (x_of(1, B, H),) * 3),
-    "hx empty": lambda k: (x_of(T, B, I), ()),
     "hx on another device": lambda k: (x_of(T, B, I), to_meta(hx(k, 1, B, H))),
     "input on another device": lambda k: (x_of(T, B, I).to("meta"),),
 }
@@ -214,6 +204,28 @@ CLEARER: dict[str, tuple[Make, type[Exception], str]] = {
         RuntimeError,
         "input must be a dense tensor, got torch.sparse_coo",
     ),
+    "hx batch of 1": (
+        lambda k: (x_of(T, B, I), hx(k, 1, 1, H)),
+        RuntimeError,
+        "size (1, 2, 4), got [1, 1, 4]; to begin every row from one state, "
+        "give it as .expand(-1, 2, -1)",
+    ),
+    "packed, hx batch of 1": (
+        lambda k: (packed(T, B, I), hx(k, 1, 1, H)),
+        RuntimeError,
+        "size (1, 2, 4), got [1, 1, 4]; to begin every row from one state, "
+        "give it as .expand(-1, 2, -1)",
+    ),
+    "list": (lambda k: ([1.0, 2.0],), TypeError, "expects input to be a tensor, got list"),
+    "None": (lambda k: (None,), TypeError, "expects input to be a tensor, got NoneType"),
+    "number": (lambda k: (3,), TypeError, "expects input to be a tensor, got int"),
+}
+WRONG_STATES: dict[str, tuple[Any, str]] = {
+    "number": (3, "int"),
+    "text": ("ab", "str"),
+    "numbers": ((1, 2), "tuple"),
+    "tuple of one": ((x_of(1, B, H),), "tuple"),
+    "empty": ((), "tuple"),
 }
 
 
@@ -227,6 +239,34 @@ def test_call_with_a_clearer_error(
     make, error, text = CLEARER[name]
     with fastrnn.backend(backend), pytest.raises(error, match=re.escape(text)):
         ours(*make(ours.mode))
+
+
+@pytest.mark.parametrize("name", WRONG_STATES)
+@pytest.mark.parametrize("input", [x_of(T, B, I), packed(T, B, I)], ids=["dense", "packed"])
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), LAYERS)
+def test_states_of_another_kind(
+    torch_kind: Any, kind: Any, options: Any, input: Any, name: str
+) -> None:
+    """torch.nn tells of attributes and indices that are not there."""
+    wrong, given = WRONG_STATES[name]
+    text = f"expects hx to be a tensor, got {given}"
+    if kind is fastrnn.LSTM:
+        text = r"LSTM expects hx to be a tuple \(h_0, c_0\), got "
+    with pytest.raises(TypeError, match=text):
+        kind(I, H, **options)(input, wrong)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_lstm_refuses_one_tensor_for_two_states(layers: int) -> None:
+    """One of two layers could be taken for a pair."""
+    ours = fastrnn.LSTM(I, H, layers)
+    for wrong in (x_of(layers, B, H), x_of(2, layers, B, H)):
+        with pytest.raises(TypeError, match=r"a tuple \(h_0, c_0\), got one tensor"):
+            ours(x_of(T, B, I), wrong)
+    theirs, h = nn.LSTM(I, H, layers), x_of(layers, B, H)
+    assert_same_error(
+        lambda: theirs(x_of(T, B, I), (h,) * 3), lambda: ours(x_of(T, B, I), (h,) * 3)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
@@ -312,13 +352,12 @@ STEP_CALLS: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "hx 3-D": lambda k: (x_of(B, I), hx(k, 1, B, H)),
     "hx 0-D": lambda k: (x_of(B, I), hx(k, 1).sum() if "LSTM" not in k else (x_of(1).sum(),) * 2),
     "hx batch": lambda k: (x_of(B, I), hx(k, B + 1, H)),
-    "hx batch of 1": lambda k: (x_of(B, I), hx(k, 1, H)),
     "hx hidden": lambda k: (x_of(B, I), hx(k, B, H + 1)),
     "hx hidden unbatched": lambda k: (x_of(I), hx(k, H + 1)),
     "hx number": lambda k: (x_of(B, I), 3),
     "hx tuple of one": lambda k: (x_of(B, I), (x_of(B, H),)),
     "hx tuple of three": lambda k: (x_of(B, I), (x_of(B, H),) * 3),
-    "c batch": lambda k: (x_of(B, I), (x_of(B, H), x_of(1, H))),
+    "c batch": lambda k: (x_of(B, I), (x_of(B, H), x_of(B + 1, H))),
     "c hidden": lambda k: (x_of(B, I), (x_of(B, H), x_of(B, H + 1))),
 }
 
@@ -340,6 +379,7 @@ def test_step_with_a_clearer_error(torch_kind: Any, kind: Any, options: Any) -> 
         ((x_of(B, I, dtype=torch.int64),), "not the same dtype"),
         ((x_of(B, I), hx(name, B, H, dtype=torch.float64)), "not the same dtype"),
         ((x_of(B, I).to("meta"),), "not at the same device"),
+        ((x_of(B, I), hx(name, 1, H)), r"hidden0 batch size 1; .* give it as .expand\(2, -1\)"),
         ((x_of(I), hx(name, 1, H)), "as many dimensions as the input"),
         ((x_of(B, I), hx(name, H)), "as many dimensions as the input"),
     ]

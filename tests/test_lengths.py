@@ -136,8 +136,46 @@ def test_full_lengths_change_nothing(
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        Tensor.tolist,
+        lambda lengths: tuple(lengths.tolist()),
+        lambda lengths: list(lengths.unbind()),
+        Tensor.numpy,
+        lambda lengths: lengths.flip(0).numpy()[::-1],  # which torch takes no view of
+        lambda lengths: lengths.numpy().astype("int32"),
+    ],
+    ids=["list", "tuple", "tensors", "array", "backwards", "int32"],
+)
+def test_lengths_that_are_no_tensor(
+    torch_kind: Any, kind: Any, options: Any, backend: str, change: Any
+) -> None:
+    layer, x = kind(I, H, batch_first=True, **options), torch.randn(B, T, I)
+    with using(backend):
+        for a, b in zip(
+            flat(layer(x, lengths=LENGTHS)), flat(layer(x, lengths=change(LENGTHS))), strict=True
+        ):
+            assert torch.equal(a, b)
+        with torch.device("meta"):  # where a list would become a tensor without values
+            assert torch.equal(layer(x, lengths=change(LENGTHS))[0], layer(x, lengths=LENGTHS)[0])
+
+
+def test_no_lengths_of_no_rows(torch_kind: Any, kind: Any, options: Any, backend: str) -> None:
+    layer = kind(I, H, **options)
+    with using(backend):
+        assert layer(torch.randn(T, 0, I), lengths=[])[0].shape == (T, 0, H)
+
+
+@pytest.mark.parametrize(
     ("lengths", "error", "text"),
     [
+        ([3, 11, 1], RuntimeError, r"Expected lengths size \(5,\), got \[3\]"),
+        ([3, 11, 1, 7, 12], ValueError, "lengths must be between 0 and 11"),
+        ([3.0] * B, RuntimeError, "lengths must be integers, got torch.float32"),
+        (5, RuntimeError, r"Expected lengths size \(5,\), got \[\]"),
+        ("text", TypeError, "lengths should be a tensor, a NumPy array or a list, got str"),
+        ([[1], [2, 3]], TypeError, "lengths should be a tensor, a NumPy array or a list, got list"),
+        (LENGTHS.to("meta"), RuntimeError, "lengths is on the meta device, where it has no values"),
         (torch.tensor([1, 2, 3, 4]), RuntimeError, r"Expected lengths size \(5,\), got \[4\]"),
         (torch.ones(B), RuntimeError, "lengths must be integers, got torch.float32"),
         (torch.ones(B, dtype=torch.bool), RuntimeError, "lengths must be integers"),
@@ -146,7 +184,7 @@ def test_full_lengths_change_nothing(
     ],
 )
 def test_bad_lengths(
-    torch_kind: Any, kind: Any, options: Any, backend: str, lengths: Tensor, error: Any, text: str
+    torch_kind: Any, kind: Any, options: Any, backend: str, lengths: Any, error: Any, text: str
 ) -> None:
     layer, x = kind(I, H, **options), torch.randn(T, B, I)
     with using(backend), pytest.raises(error, match=text):

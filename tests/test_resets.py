@@ -155,6 +155,20 @@ def test_unbatched(torch_kind: Any, kind: Any, options: Any, backend: str) -> No
 
 @every_backend
 @every_layer
+@pytest.mark.parametrize("change", [Tensor.tolist, Tensor.numpy], ids=["lists", "array"])
+def test_masks_that_are_no_tensor(
+    torch_kind: Any, kind: Any, options: Any, backend: str, change: Any
+) -> None:
+    layer, x = kind(I, H, batch_first=True, **options), torch.randn(B, T, I)
+    with using(backend):
+        expected, found = layer(x, reset=MASK.t()), layer(x, reset=change(MASK.t()))
+        assert all(map(torch.equal, flat(found), flat(expected)))
+        expected, found = layer(x[0], reset=MASK[:, 0]), layer(x[0], reset=change(MASK[:, 0]))
+        assert all(map(torch.equal, flat(found), flat(expected)))
+
+
+@every_backend
+@every_layer
 def test_bad_masks(torch_kind: Any, kind: Any, options: Any, backend: str) -> None:
     layer, x = kind(I, H, **options), torch.randn(T, B, I)
     packed = torch.nn.utils.rnn.pack_sequence([x[:, 0]])
@@ -162,8 +176,11 @@ def test_bad_masks(torch_kind: Any, kind: Any, options: Any, backend: str) -> No
         layer(x)
         with pytest.raises(RuntimeError, match=r"Expected reset size \(12, 4\), got \[4, 12\]"):
             layer(x, reset=MASK.t())
-        with pytest.raises(RuntimeError, match=r"reset must be of dtype torch.bool"):
-            layer(x, reset=MASK.float())
+        for wrong_dtype in (MASK.float(), MASK.float().numpy(), MASK.int().tolist()):
+            with pytest.raises(RuntimeError, match=r"reset must be of dtype torch.bool"):
+                layer(x, reset=wrong_dtype)
+        with pytest.raises(RuntimeError, match="reset is on the meta device"):
+            layer(x, reset=MASK.to("meta"))
         with pytest.raises(RuntimeError, match="PackedSequence takes neither"):
             layer(packed, reset=MASK)
         wrong = as_hx([torch.zeros(1, B, H + 1) for _ in states_of(kind, 1)])

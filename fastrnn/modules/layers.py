@@ -72,24 +72,26 @@ class Layers(NotScriptable, RNNBase):
         self,
         input: Any,
         hx: Any = None,
-        lengths: Tensor | None = None,
-        reset: Tensor | None = None,
+        lengths: Any = None,
+        reset: Any = None,
         reset_hx: Any = None,
     ) -> Any:
         """Run the layers over `input`; shapes and errors are those of the class of the same name in
         torch.nn. What torch.nn does not have:
 
         Args:
-            lengths: integers [B], unsorted, zeros allowed, on any device: row b has lengths[b]
-                steps. What lies past them is never read, the output is zero there, and the last
-                states are those after each row's own last step, in both directions.
-            reset: bool [T, B] ([B, T] if batch_first, [T] unbatched): a new sequence begins at step
-                t of row b. Nothing crosses the cut between t - 1 and t, neither states nor
-                gradients, in either direction.
+            lengths: integers [B], unsorted, zeros allowed, a tensor on any device, a list or a
+                NumPy array: row b has lengths[b] steps. What lies past them is never read, the
+                output is zero there, and the last states are those after each row's own last step,
+                in both directions.
+            reset: bool [T, B] ([B, T] if batch_first, [T] unbatched), a tensor, nested lists or a
+                NumPy array: a new sequence begins at step t of row b. Nothing crosses the cut
+                between t - 1 and t, neither states nor gradients, in either direction.
             reset_hx: the states that rows take at a reset, shaped as hx or with a batch size of 1;
                 None for zeros.
 
         Raises:
+            TypeError: an argument is not of a kind that it may be of.
             ValueError: a length is below 0 or above T.
             RuntimeError: `lengths` or `reset` has another shape or dtype, or comes with a
                 PackedSequence.
@@ -100,11 +102,18 @@ class Layers(NotScriptable, RNNBase):
             return self._forward_packed(input, hx)
         if isinstance(input, Proxy):
             return record(self, input, hx, lengths=lengths, reset=reset, reset_hx=reset_hx)
-        rank = input.dim()
+        try:
+            rank = input.dim()
+        except AttributeError:
+            raise TypeError(_not_a_tensor(self._kind, "input", input)) from None
         if rank not in (2, 3):
             raise ValueError(self._rank_text.format(self._kind, rank))
         states = None if hx is None else self._states(hx, rank)
         resets = None if reset_hx is None else self._states(reset_hx, rank)
+        if lengths is not None:
+            lengths = functional.as_tensor(lengths, "lengths", torch.int64)
+        if reset is not None:
+            reset = functional.as_tensor(reset, "reset", torch.bool)
         if rank == 2:
             if lengths is not None:
                 raise RuntimeError("lengths needs batched 3-D input")
@@ -260,22 +269,27 @@ class Layers(NotScriptable, RNNBase):
             if state.shape != (groups, batch, width):
                 name = "hidden" if len(states) == 1 else f"hidden[{k}]"
                 expected = (groups, batch, width)
-                raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+                raise functional.wrong_size(name, expected, state)
 
     def _states(self, hx: Any, rank: int | None) -> States:
         """`hx` as a tuple; `rank` is the input's, None when packed."""
-        if rank == 2 and hx.dim() != 2:
+        try:
+            dims = hx.dim()
+        except AttributeError:
+            raise TypeError(_not_a_tensor(self._kind, "hx", hx)) from None
+        if rank is not None and dims != rank:
+            kind = "unbatched 2-D" if rank == 2 else "batched 3-D"
             raise RuntimeError(
-                f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor"
-            )
-        if rank == 3 and hx.dim() != 3:
-            raise RuntimeError(
-                f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor"
+                f"For {kind} input, hx should also be {rank}-D but got {dims}-D tensor"
             )
         return (hx,)
 
     def _hidden(self, states: States) -> Any:
         return states[0]
+
+
+def _not_a_tensor(kind: str, name: str, given: object) -> str:
+    return f"{kind} expects {name} to be a tensor, got {type(given).__name__}"
 
 
 def _permute(states: States, order: Tensor | None) -> States:
@@ -428,8 +442,13 @@ class LSTM(Layers):
         self._keep_every(recompute)
 
     def _states(self, hx: Any, rank: int | None) -> States:
-        h, c = hx[0], hx[1]
-        ranks = h.dim(), c.dim()
+        if isinstance(hx, Tensor):
+            raise TypeError("LSTM expects hx to be a tuple (h_0, c_0), got one tensor")
+        try:
+            h, c = hx[0], hx[1]
+            ranks = h.dim(), c.dim()
+        except (AttributeError, IndexError, TypeError):
+            raise TypeError(f"LSTM expects hx to be a tuple (h_0, c_0), got {hx!r:.60}") from None
         if rank is not None and ranks != (rank, rank):
             kind = "unbatched 2-D" if rank == 2 else "batched 3-D"
             raise RuntimeError(

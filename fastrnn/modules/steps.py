@@ -60,9 +60,10 @@ class Step(NotScriptable, RNNCellBase):
             if state.dim() != 2:
                 raise RuntimeError(f"hidden{k} should have as many dimensions as the input")
             if state.shape[0] != x.shape[0]:
+                hint = functional.hint_to_expand((x.shape[0], state.shape[1]), state)
                 raise RuntimeError(
                     f"Input batch size {x.shape[0]} doesn't match "
-                    f"hidden{k} batch size {state.shape[0]}"
+                    f"hidden{k} batch size {state.shape[0]}{hint}"
                 )
             if state.shape[1] != self.hidden_size:
                 raise RuntimeError(
