@@ -107,8 +107,8 @@ def forward(
     inputs = Inputs(x, batch_sizes, lengths, reset, _read(states), _read(weights))
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, x.shape[0])
-    problem = describe(cell, inputs, reverse, batch, all_states, save)
-    return flat(_kernels(backend).forward(problem, inputs, save))
+    problem, kernels = describe(cell, inputs, reverse, batch, all_states, save), _kernels(backend)
+    return flat(kernels.forward(problem, inputs, save and bool(kernels.saved_shapes(problem, 0))))
 
 
 def _forward_fake(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C._functorch import CVmapInterpreterPtr, TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
+from .aten import ATEN
 from .base import (
     Backend,
     Grads,
@@ -51,7 +52,7 @@ __all__ = [
     "transforms_refusal",
 ]
 
-BACKENDS: list[Backend] = [CPU, CUDA, TRITON, REFERENCE]
+BACKENDS: list[Backend] = [CPU, CUDA, TRITON, ATEN, REFERENCE]
 
 
 def by_name(name: str) -> Backend:

@@ -176,7 +176,10 @@ class Backend(Protocol):
         weight comes for each block apart: [samples, *weight.shape]."""
 
     def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
-        """Shapes and dtypes of what forward() saves, for tracing; N is the number of rows of x."""
+        """Shapes and dtypes of what forward() saves, for tracing; N is the number of rows of x.
+
+        [] also where that is no memory that an operator could return, but autograd's graph: then
+        backward() takes [] too, and runs the layer again."""
 
 
 @runtime_checkable

@@ -168,8 +168,9 @@ def _each_backward(
 def _run_forward(call: Call, inputs: Inputs) -> Outputs:
     """Without any transform left: in as few calls as the backend takes groups in."""
     problem = call.problem
+    save = problem.grad and bool(call.backend.saved_shapes(problem, 0))
     parts = [
-        run_forward(call.backend, part, _of_groups(problem, inputs, here), problem.grad)
+        run_forward(call.backend, part, _of_groups(problem, inputs, here), save)
         for here, part in _parts(call)
     ]
     if len(parts) == 1:
