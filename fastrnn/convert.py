@@ -31,9 +31,8 @@ def convert(module: M) -> M:
     left alone, because they may override what fastrnn would replace; parametrized layers are
     converted. :func:`revert` undoes it.
 
-    ``isinstance(layer, torch.nn.LSTM)`` is False from then on, because torch.compile refuses to
-    look into instances of torch.nn's LSTM, GRU and RNN. What holds before and after is
-    ``isinstance(layer, torch.nn.RNNBase)``, or ``torch.nn.modules.rnn.RNNCellBase`` of a cell."""
+    ``isinstance(layer, torch.nn.LSTM)`` holds before and after; ``type(layer)`` is
+    :class:`fastrnn.LSTM`, no subclass of torch.nn's, from then on."""
     return _exchange(module, _TO_FAST)
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import functional
 from ..backends import Weights
 from ..cells import States
+from .identity import AnswersAsTorch
 from .tracing import NotScriptable, Proxy, record
 
 Device = torch.device | str | int | None
@@ -35,7 +36,7 @@ def _unbatched(steps: Tensor) -> Tensor:
     return steps.squeeze(1)
 
 
-class Layers(NotScriptable, RNNBase):
+class Layers(AnswersAsTorch, NotScriptable, RNNBase):
     """What RNN, LSTM and GRU share. Parameters, their names and their initialisation are
     RNNBase's."""
 

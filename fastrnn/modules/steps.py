@@ -10,11 +10,12 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from .. import functional
 from ..cells import CELLS, States
+from .identity import AnswersAsTorch
 from .layers import Device
 from .tracing import NotScriptable, Proxy, record
 
 
-class Step(NotScriptable, RNNCellBase):
+class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
     """What the cells share: one step of a layer. The parameters are RNNCellBase's."""
 
     _kind: ClassVar[str]

@@ -1,0 +1,196 @@
+"""Which class a layer is, to code that asks."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from helpers import LAYERS, STEPS
+from torch import Tensor, nn
+from torch.nn.modules.rnn import RNNCellBase
+from torch.nn.utils import parametrizations, parametrize
+
+import fastrnn
+
+EVERYTHING: list[Any] = [case.values for case in [*LAYERS, *STEPS]]
+everything = pytest.mark.parametrize(("torch_kind", "kind", "options"), [*LAYERS, *STEPS])
+layers = pytest.mark.parametrize(("torch_kind", "kind", "options"), LAYERS)
+T, B, I, H = 5, 3, 4, 6
+
+
+class Asks(nn.Module):
+    """Its forward depends on the class of its layer."""
+
+    def __init__(self, kind: type[nn.Module], asked: type[nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.layer = kind(I, H, **options)
+        self.asked = asked
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.layer, self.asked):
+            y: Tensor = self.layer(x)[0]
+            return y
+        return x
+
+
+def test_a_layer_is_both_libraries() -> None:
+    for torch_kind, kind, options in EVERYTHING:
+        for module in (kind(I, H, **options), fastrnn.convert(torch_kind(I, H, **options))):
+            assert type(module) is kind
+            assert isinstance(module, torch_kind)
+            assert isinstance(module, kind)
+            base = nn.RNNBase if issubclass(torch_kind, nn.RNNBase) else RNNCellBase
+            assert isinstance(module, base)
+            for other, other_kind, _ in EVERYTHING:
+                if other is not torch_kind:
+                    assert not isinstance(module, (other, other_kind))
+        assert not isinstance(torch_kind(I, H, **options), kind)
+
+
+@everything
+def test_the_class_that_a_layer_answers(torch_kind: Any, kind: Any, options: Any) -> None:
+    layer = kind(I, H, **options)
+    assert issubclass(layer.__class__, torch_kind)
+    assert issubclass(layer.__class__, kind)
+    assert layer.__class__.__name__ == kind.__name__
+    assert pickle.loads(pickle.dumps(layer.__class__)) is layer.__class__
+    again = layer.__class__(I, H, **options)
+    assert type(again) is kind
+    layer.__class__ = layer.__class__
+    assert type(layer) is kind
+    layer.__class__ = torch_kind
+    assert type(layer) is torch_kind
+
+
+def test_single_dispatch_finds_the_nearest() -> None:
+    name = functools.singledispatch(lambda _: "none")
+    name.register(nn.LSTM)(lambda _: "torch.nn")
+    assert name(fastrnn.LSTM(2, 3)) == "torch.nn"
+    name.register(fastrnn.LSTM)(lambda _: "fastrnn")
+    assert name(fastrnn.LSTM(2, 3)) == "fastrnn"
+    assert name(nn.LSTM(2, 3)) == "torch.nn"
+
+
+def test_initialisation_by_class() -> None:
+    def initialise(module: nn.Module) -> None:
+        if isinstance(module, (nn.LSTM, nn.GRUCell)):
+            for weight in module.parameters():
+                nn.init.constant_(weight, 0.5)
+
+    model = nn.Sequential(fastrnn.LSTM(I, H), fastrnn.GRUCell(I, H), fastrnn.GRU(I, H))
+    kept = [p.clone() for p in model[2].parameters()]
+    model.apply(initialise)
+    assert all((p == 0.5).all() for module in model[:2] for p in module.parameters())
+    assert all(map(torch.equal, model[2].parameters(), kept))
+
+
+@everything
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickle(torch_kind: Any, kind: Any, options: Any, protocol: int) -> None:
+    layer = kind(I, H, **options)
+    again = pickle.loads(pickle.dumps(layer, protocol))
+    assert type(again) is kind
+    assert all(map(torch.equal, again.parameters(), layer.parameters()))
+
+
+@everything
+def test_pickles_made_before_layers_answered_for_torch(
+    torch_kind: Any, kind: Any, options: Any
+) -> None:
+    """pickle wrote ``copyreg.__newobj__`` of the class and the state then."""
+    layer = kind(I, H, **options)
+
+    class Old:
+        __class__ = property(lambda _: kind)  # type: ignore[assignment]
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return copyreg.__newobj__, (kind,), layer.__reduce_ex__(2)[2]  # type: ignore[attr-defined]
+
+    again = pickle.loads(pickle.dumps(Old()))
+    assert type(again) is kind
+    assert all(map(torch.equal, again.parameters(), layer.parameters()))
+
+
+@everything
+def test_torch_load_of_weights_and_allowed_classes_only(
+    torch_kind: Any, kind: Any, options: Any
+) -> None:
+    layer, file = kind(I, H, **options), io.BytesIO()
+    torch.save(layer, file)
+    with torch.serialization.safe_globals([kind, set]):
+        again = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    assert type(again) is kind
+    assert all(map(torch.equal, again.parameters(), layer.parameters()))
+
+
+def test_a_pickle_makes_layers_only() -> None:
+    from fastrnn.modules import identity
+
+    with pytest.raises(TypeError, match="Linear is not a class of fastrnn's layers"):
+        identity.make(nn.Linear)  # type: ignore[arg-type]
+
+
+class Mine(fastrnn.LSTM):
+    made = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__class__.made += 1
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_a_subclass_answers_for_itself() -> None:
+    layer = Mine(I, H)
+    assert layer.__class__ is Mine
+    assert Mine.made == 1
+    assert repr(layer) == "Mine(4, 6)"
+    assert type(pickle.loads(pickle.dumps(layer))) is Mine
+    assert type(copy.deepcopy(layer)) is Mine
+    assert layer(torch.randn(T, B, I))[0].shape == (T, B, H)
+
+
+@everything
+def test_classes_derived_from_the_answer(torch_kind: Any, kind: Any, options: Any) -> None:
+    """As parametrizations make them, which set attributes on the class that a layer answers."""
+    layer = kind(I, H, **options)
+    name = "weight_hh_l0" if issubclass(kind, nn.RNNBase) else "weight_hh"
+    parametrizations.weight_norm(layer, name)
+    assert isinstance(layer, kind)
+    assert type(layer).__bases__ == (kind,)
+    assert not hasattr(torch_kind, name)
+    assert not hasattr(layer.__class__.__bases__[0], name)
+    assert type(copy.deepcopy(layer)).__bases__ == (kind,)
+    parametrize.remove_parametrizations(layer, name)
+    assert type(layer) is kind
+
+
+@layers
+@pytest.mark.parametrize("asks", ["torch.nn", "fastrnn"])
+def test_compiled_code_gets_the_same_answer(
+    torch_kind: Any, kind: Any, options: Any, asks: str
+) -> None:
+    torch.compiler.reset()
+    model = Asks(kind, torch_kind if asks == "torch.nn" else kind, **options)
+    x = torch.randn(T, B, I)
+    expected = model(x)
+    assert expected.shape == (T, B, H)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    other = nn.GRU if torch_kind is nn.LSTM else nn.LSTM
+    refused = torch.compile(Asks(kind, other, **options), fullgraph=True, backend="eager")
+    assert torch.equal(refused(x), x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_code_gets_the_same_answer(strict: bool) -> None:
+    model, x = Asks(fastrnn.GRU, nn.GRU), torch.randn(T, B, I)
+    program = torch.export.export(model, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), model(x))
