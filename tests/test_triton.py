@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -77,6 +78,24 @@ def test_half_precision(regime: Regime, cell: str, case: Case) -> None:
     with only(regime), poisoned():
         ours = run(cell, case, make_inputs(cell, case, torch.float16), "triton")
     expected.check(ours)
+
+
+@interpreted
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("regime", REGIMES, ids=name_of)
+def test_an_infinite_state_spreads_no_further_than_in_exact_arithmetic(
+    regime: Regime, cell: str
+) -> None:
+    """Not by way of the units that fill up a tile, either."""
+    case = Case(3, 3, 2, 17)
+    inputs = make_inputs(cell, case, torch.float32)
+    with torch.no_grad():
+        inputs.states[0][0, 1, 2] = math.inf
+    exact = run(cell, case, inputs.to(torch.float64), "reference")
+    with only(regime), poisoned():
+        ours = run(cell, case, inputs, "triton")
+    for key, value in exact.items():
+        assert torch.equal(ours[key].isfinite(), value.isfinite()), key
 
 
 @interpreted

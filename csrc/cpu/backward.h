@@ -263,6 +263,7 @@ class BackwardScan {
         V dh = load(stage_ + r * stride + v * lanes) + load(waiting);
         if (rows[r].dy) dh += load_first(rows[r].dy + u, args_.P - u);
         store(waiting, V{});
+        dh = keep_first<A>(dh, args_.P - u);
         store(rows[r].dh + u, dh);
         store(rows[r].dprojection + u, dh);
       }
@@ -311,6 +312,8 @@ class BackwardScan {
     if (!row.dh) store(row.dstates[0].vector(u), ds[0]);
     for (int k = 1; k < Cell::states; ++k) store(row.dstates[k].vector(u), ds[k]);
     for (int k = 0; k < Cell::gates; ++k) {
+      dx[k] = keep_first<A>(dx[k], args_.H - u);
+      dr[k] = keep_first<A>(dr[k], args_.H - u);
       if constexpr (Layout::kCopies) store(row.dgates + k * layout_.Hp + u, dr[k]);
       store(row.dgates_x + k * layout_.Hp + u, dx[k]);
       if (!Cell::shared_dgates) store(row.dgates_h + k * layout_.Hp + u, dr[k]);

@@ -339,7 +339,7 @@ class ForwardScan {
     state[0] = row.h_before ? load(row.h_before + u) : V{};
     if constexpr (Cell::states > 1) state[1] = load(row.c_before.vector(u));
     Cell::forward(x, rec, state, save);
-    store(row.h_after + u, state[0]);
+    store(row.h_after + u, keep_first<A>(state[0], args_.H - u));
     if (row.y) store_first(row.y + u, state[0], args_.H - u);
     if constexpr (Cell::states > 1) {
       store(row.c_after.vector(u), state[1]);
@@ -370,7 +370,7 @@ class ForwardScan {
       const int64_t u = (p * nv + v) * lanes;
       if (u >= args_.P) return;
       const V value = tile_.at(r, nv, v);
-      store(h + u, value);
+      store(h + u, keep_first<A>(value, args_.P - u));
       store_first(y + u, value, args_.P - u);
     }
   }

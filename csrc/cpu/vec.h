@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -111,6 +112,17 @@ FASTRNN_INLINE void store_first(T* p, AccVec<T> v, int64_t n) {
   T lanes[kLanes<Acc<T>>];
   store(lanes, v);
   std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
+}
+
+// v with zeros in place of all but its first n lanes. Lanes past the last unit must be zero wherever a product reads
+// them: an infinite operand times the zeros in the weights' padding makes NaN there, which would reach every unit.
+template <class S>
+FASTRNN_INLINE Vec<S> keep_first(Vec<S> v, int64_t n) {
+  using Int = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
+  if (n >= kLanes<S>) return v;
+  Vec<Int> lane;
+  for (int i = 0; i < kLanes<S>; ++i) lane[i] = i;
+  return lane < static_cast<Int>(n) ? v : Vec<S>{};
 }
 
 template <class T>

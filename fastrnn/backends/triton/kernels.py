@@ -135,7 +135,8 @@ def forward_scan(
             cut = is_cut(t_next, b, B, backward, length, reset)
 
         if WHOLE:
-            operand = states[0].to(w_hh.dtype.element_ty)
+            # Zeros in the weights' padding would make NaN of an infinite one.
+            operand = tl.where(inside, states[0], 0.0).to(w_hh.dtype.element_ty)
             sums = zeros(JOINED * BU, BB, COUNT)
             sums = add_products(sums, held, operand, 0, COUNT, PRECISION)
             r = gates_of(sums, BU, BB, GATES, JOINED)
@@ -351,7 +352,8 @@ def backward_scan(
         if WHOLE:
             product = tl.zeros((BU, BB), tl.float32)
             for gate in tl.static_range(GATES):
-                operand = factor(dr[gate].to(w_hh.dtype.element_ty), PRECISION)
+                operand = tl.where(inside, dr[gate], 0.0).to(w_hh.dtype.element_ty)
+                operand = factor(operand, PRECISION)
                 product = tl.dot(held[gate], operand, product, input_precision=PRECISION)
             ds = add_at(ds, relaid(product, BU, BB), 0, STATES)
             if reset is not None:
