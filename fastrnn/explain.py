@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
-from . import ops
-from .backends import BACKENDS, Inputs, Problem, choose, refusal
-from .functional import is_autocast
+from .backends import (
+    BACKENDS,
+    Grads,
+    Inputs,
+    Outputs,
+    Problem,
+    SavedShape,
+    choose,
+    only,
+    refusal,
+)
 from .modules import Layers, Step
 
 
@@ -24,12 +37,14 @@ class Explanation:
         problem: what the backends are asked.
         serves: name of the backend that a call would use now; None if the call would raise.
         refusals: reason of every backend that refuses, by name.
+        name: of the module in the model that was explained; empty for a layer alone.
     """
 
     layer: int
     problem: Problem
     serves: str | None
     refusals: dict[str, str]
+    name: str = ""
 
     def __str__(self) -> str:
         p = self.problem
@@ -38,7 +53,8 @@ class Explanation:
         flags = [f"{p.G} directions"] * (p.G > 1) + ["packed"] * p.packed
         flags += ["lengths"] * p.lengths + ["resets"] * p.reset + ["all states"] * p.all_states
         flags.append("with gradients" if p.grad else "without gradients")
-        lines = [f"layer {self.layer}: {p.cell.name} {sizes}, {kind}, {', '.join(flags)}"]
+        where = f"{self.name}, layer" if self.name else "layer"
+        lines = [f"{where} {self.layer}: {p.cell.name} {sizes}, {kind}, {', '.join(flags)}"]
         for backend in BACKENDS:
             reason = self.refusals.get(backend.name)
             answer = f"refuses: {reason}" if reason else "could serve"
@@ -47,84 +63,173 @@ class Explanation:
 
 
 class Explanations(tuple[Explanation, ...]):
-    """One :class:`Explanation` a layer, printed one after the other."""
+    """One :class:`Explanation` a layer, printed one after the other.
+
+    Attributes:
+        notes: of a model, what there is to say of recurrent layers that have no explanation.
+    """
+
+    notes: tuple[str, ...]
+
+    def __new__(cls, each: Iterable[Explanation], notes: Iterable[str] = ()) -> Explanations:
+        explanations = super().__new__(cls, each)
+        explanations.notes = tuple(notes)
+        return explanations
 
     def __repr__(self) -> str:
-        return "\n".join(map(str, self))
+        return "\n".join(map(str, (*self, *self.notes)))
 
     __str__ = __repr__
 
 
-def explain(
-    layer: torch.nn.Module,
-    input: Tensor | PackedSequence,
-    hx: Any = None,
-    *,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-) -> Explanations:
-    """Which backend would serve ``layer(input, hx)``, and the reason of each that would not,
-    without running it.
+def explain(layer: nn.Module, *args: Any, **kwargs: Any) -> Explanations:
+    """Which backend would serve ``layer(*args, **kwargs)``, and the reason of each that would not.
+
+    A layer or cell is not run: the call is checked as ever, and what it would ask the backends for
+    is taken down. A model is run once, as ``model(*args, **kwargs)`` in its present mode, and what
+    it calls its layers with is explained; a layer that it calls again with the same sizes is
+    explained once.
 
     Args:
-        layer: a fastrnn layer or cell.
-        input: what the layer would be called with.
-        hx: the states that it would be called with; they matter only in whether they require a
-            gradient.
-        lengths, reset: as the layer would be called with them.
+        layer: a fastrnn layer or cell, or a model that has some inside.
+        args, kwargs: what it would be called with, such as `input`, `hx` and `lengths`.
 
     Returns:
         One :class:`Explanation` a layer of the stack; print the result.
 
     Raises:
-        TypeError: `layer` is not a fastrnn layer or cell.
+        TypeError: `layer` is a layer of torch.nn, which is to be converted first, or there is no
+            recurrent layer in it.
+        Exception: whatever the call raises, for shapes and dtypes that do not fit.
     """
-    if isinstance(layer, Layers):
-        x, batch_sizes = _time_first(layer, input)
-        weights = layer._weights()
-        reverse = [False, True] if layer.bidirectional else [False]
-    elif isinstance(layer, Step):
-        assert isinstance(input, Tensor)
-        x, batch_sizes = input.reshape(1, -1, input.shape[-1]), None
-        weights = [[layer.weight_ih, layer.weight_hh, layer.bias_ih, layer.bias_hh]]
-        reverse = [False]
-    else:
-        raise TypeError(f"explain() takes a fastrnn layer or cell, got {type(layer).__name__}")
-    batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
-    states = [] if hx is None else [hx] if isinstance(hx, Tensor) else list(hx)
-    grad = any(t.requires_grad for t in (x, *states))
-    found = []
-    last, every = (getattr(layer, name, False) for name in ("return_states", "return_layers"))
-    for k, flat in enumerate(weights):
-        grad = grad or any(w is not None and w.requires_grad for w in flat)
-        inputs = Inputs(x, batch_sizes, lengths, reset, (None,) * 4, flat)
-        all_states = every or (last and k == len(weights) - 1)
-        problem = ops.describe(layer._cell, inputs, reverse, batch, all_states, grad)
-        problem = problem._replace(
-            dtype=_computed_in(x), grouped=False, grad=grad and torch.is_grad_enabled()
+    if isinstance(layer, (Layers, Step)):
+        return Explanations(_explain_call("", layer, args, kwargs))
+    if isinstance(layer, _RECURRENT):
+        raise TypeError(f"explain() takes a fastrnn layer or cell, and this is {_advice(layer)}")
+    return _explain_model(layer, args, kwargs)
+
+
+_RECURRENT = (nn.RNNBase, nn.modules.rnn.RNNCellBase)
+
+
+def _explain_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanations:
+    recurrent = {n: m for n, m in model.named_modules() if isinstance(m, _RECURRENT)}
+    if not recurrent:
+        raise TypeError(
+            "explain() takes a fastrnn layer or cell, or a model with some inside, got "
+            f"{type(model).__name__} without any"
         )
-        found.append(_explain_one(k, problem))
-    return Explanations(found)
+    ours = {n: m for n, m in recurrent.items() if isinstance(m, (Layers, Step))}
+    explained: dict[tuple[str, int, Problem], Explanation] = {}
+
+    def explain_next_call(name: str, *call: Any) -> None:
+        for one in _explain_call(name, *call):
+            explained.setdefault((name, one.layer, one.problem), one)
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in ours.items():
+            hook = functools.partial(explain_next_call, name)
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            hooks.callback(handle.remove)
+        model(*args, **kwargs)
+    called = {name for name, _, _ in explained}
+    notes = [f"{name}: the model did not call it" for name in ours if name not in called]
+    theirs = recurrent.keys() - ours.keys()
+    notes += [f"{n}: {_advice(m)}" for n, m in recurrent.items() if n in theirs]
+    return Explanations(explained.values(), notes)
 
 
-def _time_first(layer: Layers, input: Tensor | PackedSequence) -> tuple[Tensor, Tensor | None]:
-    if isinstance(input, PackedSequence):
-        return input.data, input.batch_sizes
-    if input.dim() == 2:
-        return input.unsqueeze(1), None
-    return input.transpose(0, 1) if layer.batch_first else input, None
+def _advice(module: nn.Module) -> str:
+    """What a recurrent layer is that is not fastrnn's, and what to do with it."""
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn."):
+        return f"a torch.nn.{kind.__name__}: convert it first, by fastrnn.convert"
+    return f"a {kind.__name__}, a class of its own that fastrnn.convert leaves alone"
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
-    if is_autocast(x.device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+class _Notebook(threading.local):
+    """A :class:`fastrnn.backends.Backend` that takes down what it is asked for and computes
+    nothing. It is one object for ever, as calls of the same sizes remember whom they go to."""
+
+    name = "explain"
+    differentiable = True  # as it reads no tensor, whatever watches or wraps them
+    on_request: str | None = None
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+
+    def supports(self, problem: Problem) -> str | None:
+        return None
+
+    def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
+        self.problems.append(problem)
+        x, G, out, H = inputs.x, problem.G, problem.out, problem.H
+        ends = (G,) if inputs.unbatched() else (G, problem.B)
+        return Outputs(
+            x.new_zeros((*x.shape[:-1], G * out)),
+            x.new_zeros((*ends, out)),
+            x.new_zeros((*ends, H)) if problem.cell.states > 1 else None,
+            x.new_zeros((*x.shape[:-1], G * H)) if problem.all_states else None,
+            [],
+        )
+
+    def backward(
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        y: Tensor,
+        saved: list[Tensor],
+        grads: Grads,
+        needs: Sequence[bool],
+        samples: int,
+    ) -> list[Tensor | None]:
+        raise NotImplementedError("the layer is only explained")
+
+    def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
+        return []
 
 
-def _explain_one(layer: int, problem: Problem) -> Explanation:
+_notebook = _Notebook()
+
+
+def _explain_call(
+    name: str, layer: Layers | Step, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Explanation]:
+    """One explanation for each layer of the stack; `name` is the layer's in a model."""
+    if isinstance(layer, Layers):
+        weights = layer._weights()
+    else:
+        weights = [[layer.weight_ih, layer.weight_hh, layer.bias_ih, layer.bias_hh]]
+    _notebook.problems = []
+    # Without gradients, of which autograd would want to see the way.
+    with torch.no_grad(), only(_notebook), _random_numbers_kept(weights[0][0].device):
+        layer.forward(*args, **kwargs)
+    grad = any(_requires_grad(leaf) for leaf in tree_leaves((args, kwargs)))
+    explanations = []
+    for k, (problem, flat) in enumerate(zip(_notebook.problems, weights, strict=True)):
+        grad = grad or any(map(_requires_grad, flat))
+        asked = problem._replace(grad=grad and torch.is_grad_enabled())
+        explanations.append(_explain_one(k, asked, name))
+    return explanations
+
+
+def _random_numbers_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Dropout draws the same numbers after the block as it would have without it."""
+    if device.type in ("cpu", "meta"):
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
+
+
+def _requires_grad(leaf: Any) -> bool:
+    if isinstance(leaf, PackedSequence):
+        leaf = leaf.data
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _explain_one(layer: int, problem: Problem, name: str) -> Explanation:
     reasons = {b.name: reason for b in BACKENDS if (reason := refusal(b, problem)) is not None}
     try:
         serves = choose(problem).name
     except RuntimeError:
         serves = None
-    return Explanation(layer, problem, serves, reasons)
+    return Explanation(layer, problem, serves, reasons, name)

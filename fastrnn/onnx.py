@@ -4,14 +4,13 @@ Needs the packages onnx and onnxscript."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .backends import BACKENDS, Grads, Inputs, Outputs, Problem, SavedShape, backend
+from .backends import Grads, Inputs, Outputs, Problem, SavedShape, only
 
 # For each of ONNX's gates, in its order, the place of the same gate in torch's order.
 _GATES = {
@@ -46,7 +45,7 @@ def export(model: nn.Module, args: tuple[Any, ...], f: Any = None, **options: An
             sequences, the cell states of every step.
     """
     table = {**translations(), **options.pop("custom_translation_table", {})}
-    with torch.no_grad(), _recording():
+    with torch.no_grad(), only(_Recorder()):
         try:
             program = torch.onnx.export(
                 model, args, dynamo=True, custom_translation_table=table, **options
@@ -129,17 +128,6 @@ class _Recorder:
 
     def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
         return []
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    recorder = _Recorder()
-    BACKENDS.append(recorder)  # the last, after one that serves everything: only chosen by name
-    try:
-        with backend(recorder.name):
-            yield
-    finally:
-        BACKENDS.remove(recorder)
 
 
 def _refusal(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import re
 import threading
 from typing import Any
 
@@ -157,8 +159,101 @@ def test_explain() -> None:
     assert (step.problem.T, step.problem.B, step.problem.H) == (1, 1, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fastrnn.explain(layer, x)[0].problem.dtype == torch.bfloat16
-    with pytest.raises(TypeError, match="takes a fastrnn layer or cell, got Linear"):
+    with pytest.raises(TypeError, match="or a model with some inside, got Linear without any"):
         fastrnn.explain(nn.Linear(3, 4), x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "arguments"),
+    [
+        (fastrnn.LSTM(4, 6), (torch.ones(5, 2, 3),)),
+        (fastrnn.LSTM(4, 6), (torch.ones(5, 2, 4).double(),)),
+        (fastrnn.LSTM(4, 6), (torch.ones(5, 2, 4).to("meta"),)),
+        (fastrnn.LSTM(4, 6), (torch.ones(5, 2, 4), torch.ones(1, 2, 6))),
+        (fastrnn.GRU(4, 6, 2), (torch.ones(5, 2, 4), torch.ones(1, 2, 6))),
+        (fastrnn.GRU(4, 6), (torch.ones(0, 2, 4),)),
+        (fastrnn.GRU(4, 6), ([1.0],)),
+        (fastrnn.GRUCell(4, 6), (torch.ones(2, 3),)),
+        (fastrnn.LSTMCell(4, 6), (torch.ones(2, 4), torch.ones(2, 6))),
+    ],
+)
+def test_explain_raises_what_the_call_raises(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+    errors = []
+    for action in (layer, functools.partial(fastrnn.explain, layer)):
+        with pytest.raises((RuntimeError, TypeError, ValueError)) as raised:
+            action(*arguments)
+        errors.append((raised.type, str(raised.value)))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("wrong", [[1, 2, 3], [1, 6], [1.0, 2.0]])
+def test_explain_checks_lengths(wrong: Any) -> None:
+    layer, x = fastrnn.GRU(4, 6, 2, recompute=2), torch.ones(5, 2, 4)
+    assert [one.problem.lengths for one in fastrnn.explain(layer, x, lengths=[5, 0])] == [True] * 2
+    with pytest.raises((RuntimeError, ValueError)) as expected:
+        layer(x, lengths=wrong)
+    with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+        fastrnn.explain(layer, x, lengths=wrong)
+
+
+class Captioner(nn.Module):
+    """An encoder, a decoder that runs a cell in a loop, and what is never used or not converted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.encoder = nn.Embedding(9, 4), fastrnn.GRU(4, 6, 2, dropout=0.5)
+        self.decoder, self.spare = fastrnn.LSTMCell(6, 5), fastrnn.RNN(4, 6)
+        self.old = nn.LSTM(6, 5)
+
+    def forward(self, tokens: torch.Tensor, lengths: Any = None) -> torch.Tensor:
+        y, _ = self.encoder(self.embed(tokens), lengths=lengths)
+        state = None
+        for step in y:
+            state = self.decoder(step, state)
+        assert state is not None
+        return self.old(y)[0][-1] + state[0]
+
+
+def test_explain_a_model() -> None:
+    model, tokens = Captioner(), torch.zeros(5, 2, dtype=torch.int64)
+    torch.manual_seed(1)
+    expected = model(tokens)
+    torch.manual_seed(1)
+    found = fastrnn.explain(model, tokens, lengths=[5, 2])
+    assert [(one.name, one.layer, one.problem.T) for one in found] == [
+        ("encoder", 0, 5),
+        ("encoder", 1, 5),
+        ("decoder", 0, 1),
+    ]
+    assert [one.problem.lengths for one in found] == [True, True, False]
+    assert found.notes == (
+        "spare: the model did not call it",
+        "old: a torch.nn.LSTM: convert it first, by fastrnn.convert",
+    )
+    text = str(found)
+    assert "encoder, layer 1: gru T=5 B=2 I=6 H=6, float32 on cpu, lengths, with gradients" in text
+    assert all(note in text for note in found.notes)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    torch.manual_seed(1)
+    torch.testing.assert_close(model(tokens), expected)
+    with pytest.raises(ValueError, match="lengths must be between"):
+        fastrnn.explain(model, tokens, lengths=[9, 2])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with torch.no_grad():
+        assert not any(one.problem.grad for one in fastrnn.explain(model, tokens))
+
+
+def test_explain_tells_to_convert_first() -> None:
+    class Own(nn.GRU):
+        pass
+
+    x = torch.randn(5, 2, 4)
+    with pytest.raises(TypeError, match=r"a torch.nn.LSTM: convert it first, by fastrnn.convert"):
+        fastrnn.explain(nn.LSTM(4, 6), x)
+    with pytest.raises(TypeError, match=r"a torch.nn.GRUCell: convert it first"):
+        fastrnn.explain(nn.GRUCell(4, 6), x[0])
+    with pytest.raises(TypeError, match="a Own, a class of its own"):
+        fastrnn.explain(Own(4, 6), x)
 
 
 def test_explain_tells_why_the_asked_one_refuses() -> None:

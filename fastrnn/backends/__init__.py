@@ -48,6 +48,7 @@ __all__ = [
     "check_batch_sizes",
     "check_lengths",
     "choose",
+    "only",
     "refusal",
     "transforms_refusal",
 ]
@@ -90,6 +91,17 @@ def backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextmanager
+def only(candidate: Backend) -> Iterator[None]:
+    """Let a backend that is none of the list serve every layer called inside the ``with`` block."""
+    BACKENDS.append(candidate)  # the last, after one that serves everything: only chosen by name
+    try:
+        with backend(candidate.name):
+            yield
+    finally:
+        BACKENDS.remove(candidate)
 
 
 def asked() -> str | None:
