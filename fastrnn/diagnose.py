@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
+from .layout import time_axis, unwrapped
 from .tbptt import detached
 
 
@@ -19,7 +22,8 @@ class Diagnosis:
     Attributes:
         lags: [K], 1 to K steps.
         norms: for each kind of state, "h" and for cells with one "c", the norm of the last output's
-            gradient to the layers' states that many steps before, [L, K] in float64.
+            gradient to the layers' states that many steps before, [L, K] in float64. States in
+            named tuples and dicts go by their names there, deeper ones by a path such as "rnn.0".
     """
 
     lags: Tensor
@@ -66,7 +70,12 @@ class Diagnosis:
 
 
 def diagnose(
-    layer: Callable[..., tuple[Tensor, Any]], x: Tensor, hx: Any = None, *, lags: int | None = None
+    layer: Callable[..., tuple[Tensor, Any]],
+    x: Tensor,
+    hx: Any = None,
+    *,
+    lags: int | None = None,
+    batch_first: bool | None = None,
 ) -> Diagnosis:
     r"""The norm of the last output's gradient to the states k steps before, for k = 1, 2, ...
 
@@ -87,53 +96,65 @@ def diagnose(
     torch.Size([1, 49])
 
     Args:
-        layer: called as ``layer(x, hx)`` it returns the output and the states, one tensor or a pair
-            of them, [L, B, H] each ([L, H] unbatched): a recurrent layer in one direction.
-        x: [T, B, I] or [T, I]; [B, T, I] if the layer has ``batch_first``.
+        layer: called as ``layer(x, hx)`` it returns the output and the states, [L, B, H] each ([L,
+            H] unbatched), in any structure that torch.utils._pytree knows: a recurrent layer in one
+            direction, or a module around one.
+        x: [T, B, I] or [T, I]; [B, T, I] if the batch comes first.
         hx: the states before x.
         lags: look no further back than so many steps; None for T - 1.
+        batch_first: as for :func:`fastrnn.tbptt`.
 
     Raises:
-        ValueError: x has fewer than two steps, `lags` is out of range, or the layer is
-            bidirectional: its output has no lag to its states.
+        ValueError: x has fewer than two steps, `lags` is out of range, the layer is bidirectional,
+            and its output has no lag to its states, or it does not tell whether the batch comes
+            first.
+        TypeError: the states are in an object that cannot be detached.
     """
-    axis = 1 if getattr(layer, "batch_first", False) and x.dim() > 2 else 0
+    axis = time_axis(layer, x, batch_first)
     T = x.shape[axis]
     if T < 2:
         raise ValueError(f"a lag takes at least two steps, got {T}")
     lags = T - 1 if lags is None else lags
     if not 1 <= lags < T:
         raise ValueError(f"lags should be from 1 to {T - 1}, got {lags}")
-    if getattr(layer, "bidirectional", False):
+    if getattr(unwrapped(layer), "bidirectional", False):
         raise ValueError("the output of a bidirectional layer has no lag to its states")
     first = T - lags
     with torch.no_grad():
-        _, hx = layer(x.narrow(axis, 0, first), hx)
+        _, hx, *_ = layer(x.narrow(axis, 0, first), hx)
     with torch.enable_grad():
-        states = [_leaves(hx)]
+        hx = tree_map(_leaf, detached(hx))
+        states = [_named(hx)]
         for t in range(first, T):
-            y, hx = layer(x.narrow(axis, t, 1), _as_given(states[-1]))
-            states.append(hx if isinstance(hx, tuple) else (hx,))
+            y, hx, *_ = layer(x.narrow(axis, t, 1), hx)
+            states.append(_named(hx))
         v = torch.randn_like(y)
         total = (y * (v / v.norm(dim=-1, keepdim=True))).sum()
-        wanted = [s for at_step in reversed(states[:-1]) for s in at_step]
-        found = torch.autograd.grad(total, wanted)
-    kinds = ("h", "c")[: len(states[0])]
+        wanted = [s for at_step in reversed(states[:-1]) for s in at_step.values()]
+        grads = torch.autograd.grad(total, wanted, materialize_grads=True)
+    kinds = list(states[0])
     norms = {}
     for k, kind in enumerate(kinds):
-        by_row = torch.stack([_norm_of_rows(d) for d in found[k :: len(kinds)]], 1)
+        by_row = torch.stack([_norm_of_rows(d) for d in grads[k :: len(kinds)]], 1)
         norms[kind] = by_row.cpu()
     return Diagnosis(torch.arange(1, lags + 1), norms)
 
 
-def _leaves(hx: Any) -> tuple[Tensor, ...]:
-    states = detached(hx)
-    states = states if isinstance(states, (tuple, list)) else (states,)
-    return tuple(s.clone().requires_grad_() for s in states)
+def _leaf(state: Any) -> Any:
+    return state.clone().requires_grad_() if _has_gradient(state) else state
 
 
-def _as_given(states: tuple[Tensor, ...]) -> Any:
-    return states if len(states) > 1 else states[0]
+def _named(hx: Any) -> dict[str, Tensor]:
+    """The states that can have a gradient, by name."""
+    paths = [(keystr(path), s) for path, s in tree_flatten_with_path(hx)[0] if _has_gradient(s)]
+    common = {"": "h", "[0]": "h", "[1]": "c"}  # one tensor, or a pair
+    if all(path in common for path, _ in paths):
+        return {common[path]: s for path, s in paths}
+    return {".".join(re.findall(r"\w+", path)): s for path, s in paths}
+
+
+def _has_gradient(state: Any) -> bool:
+    return isinstance(state, Tensor) and state.is_floating_point()
 
 
 def _norm_of_rows(gradient: Tensor) -> Tensor:

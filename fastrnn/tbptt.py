@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .layout import time_axis, unwrapped
 
 
 class Window(NamedTuple):
@@ -25,6 +28,8 @@ def tbptt(
     window: int,
     stride: int | None = None,
     reset: Tensor | None = None,
+    lengths: Any = None,
+    batch_first: bool | None = None,
 ) -> Iterator[Window]:
     r"""Run `layer` along `x`, part by part, so that each part's loss can be differentiated alone.
 
@@ -51,46 +56,73 @@ def tbptt(
     Args:
         layer: called as ``layer(x, hx)`` it returns the output and the states: any recurrent layer
             in one direction, or a module around one.
-        x: the stream, [T, B, ..] or [T, ..]; [B, T, ..] if the layer has ``batch_first``. It may be
-            longer than memory if it is mapped from a file.
-        hx: the states to begin with, as `layer` takes them.
+        x: the stream, [T, B, ..] or [T, ..]; [B, T, ..] if the batch comes first. It may be longer
+            than memory if it is mapped from a file.
+        hx: the states to begin with, as `layer` takes them: a tensor, or tensors in tuples, named
+            tuples, lists, dicts and whatever else torch.utils._pytree knows.
         window: steps that a gradient reaches back, the newest included.
         stride: new steps of each part, at most `window`, which is the default.
         reset: bool, shaped as the first two dimensions of x, handed to `layer` part by part.
+        lengths: integers [B] from 0 to T: row b ends after lengths[b] steps of the stream. The
+            layer is called with ``lengths=``, those of each part; a row that has ended keeps its
+            states, and its output is what the layer gives past a row's end: zeros.
+        batch_first: whether x is [B, T, ..]. None to learn it from the layer's attribute of this
+            name or, of a module around layers, from theirs, through wrappers such as
+            DistributedDataParallel. A module that swaps the two dimensions itself has to be told.
 
     Yields:
         A :class:`Window` for each part; the last one may have fewer steps.
 
     Raises:
-        ValueError: `window` or `stride` is out of range.
+        ValueError: `window`, `stride` or one of `lengths` is out of range, the layer is
+            bidirectional, or it does not tell whether the batch comes first.
+        TypeError: `lengths` are no integers, or the states are in an object that cannot be
+            detached.
     """
     stride = window if stride is None else stride
     if window < 1:
         raise ValueError(f"window should be at least 1, got {window}")
     if not 1 <= stride <= window:
         raise ValueError(f"stride should be from 1 to window = {window}, got {stride}")
-    if getattr(layer, "bidirectional", False):
+    if getattr(unwrapped(layer), "bidirectional", False):
         raise ValueError("a bidirectional layer needs the end of the stream at its beginning")
-    return _windows(layer, x, hx, window, stride, reset)
+    axis = time_axis(layer, x, batch_first)
+    lengths = None if lengths is None else _checked_lengths(lengths, x.shape[axis])
+    return _windows(layer, x, detached(hx), (window, stride), reset, lengths, axis)
+
+
+def _checked_lengths(lengths: Any, T: int) -> Tensor:
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, device="cpu")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths should be integers, got {lengths.dtype}")
+    wrong = lengths[(lengths < 0) | (lengths > T)]
+    if len(wrong):
+        raise ValueError(f"lengths should be from 0 to T = {T}, got {int(wrong[0])}")
+    return lengths  # type: ignore[no-any-return]
 
 
 def _windows(
     layer: Callable[..., tuple[Tensor, Any]],
     x: Tensor,
     hx: Any,
-    window: int,
-    stride: int,
+    sizes: tuple[int, int],
     reset: Tensor | None,
+    lengths: Tensor | None,
+    axis: int,
 ) -> Iterator[Window]:
-    axis = 1 if getattr(layer, "batch_first", False) and x.dim() > 2 else 0
-    T = x.shape[axis]
+    (window, stride), T = sizes, x.shape[axis]
 
     def run(begin: int, end: int, states: Any) -> tuple[Tensor, Any]:
-        options = {} if reset is None else {"reset": reset.narrow(axis, begin, end - begin)}
+        options = {}
+        if reset is not None:
+            options["reset"] = reset.narrow(axis, begin, end - begin)
+        if lengths is not None:
+            options["lengths"] = (lengths - begin).clamp(0, end - begin)
         y, states, *_ = layer(x.narrow(axis, begin, end - begin), states, **options)
         return y, states
 
-    first, states = 0, detached(hx)  # where the window begins, and the states before it
+    first, states = 0, hx  # where the window begins, and the states before it
     for begin in range(0, T, stride):
         end = min(begin + stride, T)
         following = max(first, min(end + stride, T) - window)  # where the next window begins
@@ -109,11 +141,20 @@ def _windows(
 
 
 def detached(states: Any) -> Any:
-    """The same structure of tuples, lists and dicts with every tensor detached."""
-    if isinstance(states, Tensor):
-        return states.detach()
-    if isinstance(states, dict):
-        return {key: detached(value) for key, value in states.items()}
-    if isinstance(states, (tuple, list)):
-        return type(states)(detached(value) for value in states)
-    return states
+    """The same structure with every tensor detached.
+
+    Raises:
+        TypeError: it contains an object that may hide tensors.
+    """
+    return tree_map(_detached, states)
+
+
+def _detached(leaf: Any) -> Any:
+    if leaf is None or isinstance(leaf, (bool, int, float, str)):
+        return leaf
+    if callable(getattr(leaf, "detach", None)):
+        return leaf.detach()
+    raise TypeError(
+        f"states in a {type(leaf).__name__} cannot be detached: give it a method detach(), or make "
+        "it known by torch.utils._pytree.register_pytree_node"
+    )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import BACKEND_NAMES, LAYERS, run_python, using
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fastrnn
 from fastrnn.tbptt import detached
@@ -107,6 +112,186 @@ def test_a_module_around_a_layer() -> None:
     parts = list(fastrnn.tbptt(model, x, window=4, stride=2))
     torch.testing.assert_close(torch.cat([part.y for part in parts]), model(x)[0])
     assert not parts[0].hx["rnn"][0].requires_grad
+
+
+class Around(nn.Module):
+    """A model around a layer, which knows which dimension is time and does not say so itself."""
+
+    def __init__(self, batch_first: bool, tokens: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 3) if tokens else nn.Identity()
+        self.rnn, self.head = fastrnn.GRU(3, 4, batch_first=batch_first), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        y, hx = self.rnn(self.embedding(x), hx)
+        return self.head(y), hx
+
+
+@pytest.fixture
+def process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def decorated(layer: nn.Module) -> Callable[..., Any]:
+    @functools.wraps(layer.forward)
+    def call(*args: Any) -> Any:
+        return layer(*args)
+
+    return call
+
+
+WRAPPERS = {
+    "DistributedDataParallel": DistributedDataParallel,
+    "DataParallel": nn.DataParallel,
+    "compile": lambda layer: torch.compile(layer, backend="eager"),
+    "partial": functools.partial,
+    "method": lambda layer: layer.forward,
+    "decorated": decorated,
+    "a wrapper of a wrapper": lambda layer: functools.partial(nn.DataParallel(layer)),
+}
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrappers_do_not_hide_which_dimension_is_time(wrapper: str, batch_first: bool) -> None:
+    x = torch.randn(8, 12, 3)
+    for layer in (fastrnn.GRU(3, 4, batch_first=batch_first), Around(batch_first)):
+        wrapped = WRAPPERS[wrapper](layer)
+        parts = [y for y, *_ in fastrnn.tbptt(wrapped, x, window=4)]
+        assert [len(y) for y in parts] == ([8] * 3 if batch_first else [4] * 2)
+        torch.testing.assert_close(torch.cat(parts, int(batch_first)), layer(x)[0])
+        found = fastrnn.diagnose(wrapped, x[:, :5] if batch_first else x[:5])
+        assert found.norms["h"].shape == (1, 4)
+    both = WRAPPERS[wrapper](fastrnn.GRU(3, 4, bidirectional=True))
+    with pytest.raises(ValueError, match="bidirectional"):
+        fastrnn.tbptt(both, x, window=4)
+
+
+def test_which_dimension_is_time_can_be_said() -> None:
+    class Swapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = fastrnn.GRU(3, 4)
+
+        def forward(self, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+            y, hx = self.rnn(x.transpose(0, 1), hx)
+            return y.transpose(0, 1), hx
+
+    model, x = Swapping(), torch.randn(2, 12, 3)
+    parts = [y for y, *_ in fastrnn.tbptt(model, x, window=5, batch_first=True)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(x)[0])
+    assert fastrnn.diagnose(model, x, batch_first=True).norms["h"].shape == (1, 11)
+    batch_first = fastrnn.GRU(3, 4, batch_first=True)
+    unbatched = fastrnn.tbptt(batch_first, x[0], window=4, batch_first=True)
+    assert [len(y) for y, *_ in unbatched] == [4] * 3
+
+
+def test_tokens_are_a_batch_of_two_dimensions() -> None:
+    for batch_first in (False, True):
+        model, tokens = Around(batch_first, tokens=True), torch.randint(7, (5, 6))
+        parts = [y for y, *_ in fastrnn.tbptt(model, tokens, window=2)]
+        torch.testing.assert_close(torch.cat(parts, int(batch_first)), model(tokens)[0])
+
+
+def test_an_unknown_time_dimension_is_refused() -> None:
+    layer, x = fastrnn.GRU(3, 4), torch.randn(9, 2, 3)
+    mixed = nn.ModuleList([Around(True), Around(False)])
+    for model in (lambda x, hx: layer(x, hx), nn.Linear(3, 4), mixed):
+        with pytest.raises(ValueError, match="say batch_first=False or batch_first=True"):
+            fastrnn.tbptt(model, x, window=4)
+        with pytest.raises(ValueError, match="say batch_first=False or batch_first=True"):
+            fastrnn.diagnose(model, x)
+    with pytest.raises(ValueError, match=r"may be \[batch, time\], or \[time, features\]"):
+        fastrnn.tbptt(Around(True), x[0], window=4)
+    parts = fastrnn.tbptt(lambda x, hx: layer(x, hx), x, window=4, batch_first=False)
+    torch.testing.assert_close(torch.cat([y for y, *_ in parts]), layer(x)[0])
+
+
+@pytest.mark.parametrize("given", [list, tuple, torch.tensor, "numpy"])
+@pytest.mark.parametrize(("window", "stride"), [(4, None), (5, 2)])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_rows_that_end_within_the_stream(
+    batch_first: bool, window: int, stride: int | None, given: Any
+) -> None:
+    layer = fastrnn.LSTM(3, 5, batch_first=batch_first)
+    shape = (4, 13, 3) if batch_first else (13, 4, 3)
+    x, hx = torch.randn(shape), (torch.randn(1, 4, 5), torch.randn(1, 4, 5))
+    ends = [13, 0, 5, 8]
+    lengths = torch.tensor(ends).numpy() if given == "numpy" else given(ends)
+    expected, last = layer(x, hx, lengths=torch.tensor(ends))
+    parts = list(fastrnn.tbptt(layer, x, hx, window=window, stride=stride, lengths=lengths))
+    torch.testing.assert_close(torch.cat([p.y for p in parts], int(batch_first)), expected)
+    torch.testing.assert_close(parts[-1].hx, last)
+
+
+def test_bad_lengths_are_refused() -> None:
+    layer, x = fastrnn.GRU(3, 4), torch.randn(9, 2, 3)
+    for wrong in ([10, 1], [-1, 3]):
+        with pytest.raises(ValueError, match=f"from 0 to T = 9, got {wrong[0]}"):
+            fastrnn.tbptt(layer, x, window=4, lengths=wrong)
+    for wrong in ([1.0, 2.0], [True, False]):
+        with pytest.raises(TypeError, match="lengths should be integers"):
+            fastrnn.tbptt(layer, x, window=4, lengths=wrong)
+
+
+class State(NamedTuple):
+    h: Tensor
+    c: Tensor
+    calls: int
+
+
+@dataclass
+class Hidden:
+    h: Tensor
+
+
+class Structured(nn.Module):
+    """Its states are as `wrap` makes them of (h, c), and `unwrap` makes (h, c) of them."""
+
+    def __init__(self, wrap: Callable[..., Any], unwrap: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.rnn, self.wrap, self.unwrap = fastrnn.LSTM(3, 4), wrap, unwrap
+
+    def forward(self, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        y, (h, c) = self.rnn(x, None if hx is None else self.unwrap(hx))
+        return y, self.wrap(h, c)
+
+
+STRUCTURES = {
+    "named tuple": (lambda h, c: State(h, c, 1), lambda s: s[:2], ["h", "c"]),
+    "list": (lambda h, c: [h, c], tuple, ["h", "c"]),
+    "dict": (lambda h, c: {"a": (h, c)}, lambda s: s["a"], ["a.0", "a.1"]),
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_states_in_any_structure(structure: str) -> None:
+    wrap, unwrap, names = STRUCTURES[structure]
+    model, x = Structured(wrap, unwrap), torch.randn(9, 2, 3)
+    parts = list(fastrnn.tbptt(model, x, window=4, stride=2))
+    torch.testing.assert_close(torch.cat([p.y for p in parts]), model(x)[0])
+    last = parts[-1].hx
+    assert type(last) is type(wrap(x, x))
+    assert not any(s.requires_grad for s in unwrap(last))
+    torch.manual_seed(1)
+    found = fastrnn.diagnose(model, x)
+    torch.manual_seed(1)
+    plain = fastrnn.diagnose(model.rnn, x)
+    assert list(found.norms) == names
+    for mine, norms in zip(found.norms.values(), plain.norms.values(), strict=True):
+        assert torch.equal(mine, norms)
+
+
+def test_states_that_cannot_be_detached_are_refused() -> None:
+    model, x = Structured(lambda h, c: Hidden(h), lambda s: (s.h, s.h)), torch.randn(9, 2, 3)
+    with pytest.raises(TypeError, match="states in a Hidden cannot be detached"):
+        list(fastrnn.tbptt(model, x, window=4))
+    with pytest.raises(TypeError, match="states in a Hidden cannot be detached"):
+        fastrnn.diagnose(model, x)
 
 
 @pytest.mark.parametrize(
