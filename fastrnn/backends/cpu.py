@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import cores
+from .. import cores, missing
 from .base import Grads, Inputs, Outputs, Problem, SavedShape
 from .segments import packed
 
@@ -23,7 +23,7 @@ try:
     from .. import _C
 except ImportError as error:
     _C = None  # type: ignore[assignment]
-    _MISSING: str | None = f"the extension fastrnn._C is not built: {error}"
+    _MISSING: str | None = missing.reason("_C", error)
     _CELLS: dict[str, tuple[int, int, int, int, bool]] = {}
 else:
     _MISSING = None

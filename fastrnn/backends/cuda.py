@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import missing
 from .base import (
     UNVALIDATED,
     Grads,
@@ -33,7 +34,7 @@ try:
     _MISSING = ""
 except ImportError as error:
     _MODULE = None
-    _MISSING = f"the extension fastrnn._cuda is not built: {error}"
+    _MISSING = missing.reason("_cuda", error)
 
 _PRECISIONS = {torch.bfloat16: 2, torch.float16: 3}
 _F32, _TF32 = 0, 1
