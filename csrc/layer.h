@@ -123,12 +123,12 @@ class Layer {
     args_.P = each > 4 && w_hr.dims() >= 2 ? w_hr.size(-2) : 0;
     require(args_.I > 0 && args_.H > 0, "I and H must be positive");
     require(each == 4 || (args_.P > 0 && has_c()), "a cell with a projection keeps its own state in c");
-    require(x.dims() == (batch_sizes_ ? 2 : 3), "x has another number of dimensions");
-    const int64_t rows = x.size(0);
+    require(x.dims() == 2 || (x.dims() == 3 && !batch_sizes_), "x has another number of dimensions");
+    const int64_t rows = x.size(0), T = x.dims() == 3 ? rows : 1;  // a matrix that is not packed is one step
     args_.seq = batch_sizes_ ? Sequence{batch_sizes_.numel(), batch, rows, batch_sizes_.data<const int64_t>(), nullptr}
-                             : Sequence{rows, batch, rows * batch, nullptr, nullptr};
+                             : Sequence{T, batch, T * batch, nullptr, nullptr};
     require(args_.seq.T > 0 && args_.seq.B > 0 && args_.seq.N > 0, "T, B and N must be positive");
-    require(batch_sizes_ || x.size(1) == batch, "x has another batch size");
+    require(batch_sizes_ || x.size(-2) == batch, "x has another batch size");
     if (!batch_sizes_) return;
     offsets_ = step_offsets(args_.seq);
     args_.seq.offsets = offsets_.data();
@@ -152,7 +152,7 @@ class Layer {
     require(!apart || x.size(-1) == args_.G * args_.I, "x has another width");
     x_ = x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
     args_.x = x_.data();
-    args_.x_stride_t = batch_sizes_ ? 0 : x_.stride(0);
+    args_.x_stride_t = x_.dims() == 3 ? x_.stride(0) : 0;
     args_.x_stride_b = x_.stride(-2);
     args_.x_stride_g = apart ? args_.I : 0;
   }
@@ -236,7 +236,7 @@ class Backward {
     const int64_t G = args_.G, N = args_.seq.N, B = args_.seq.B, H = args_.H, out = args_.out();
     const int64_t outputs[] = {N * G * out, G * B * out, G * B * H, N * G * H};
     const int64_t inputs[] = {N * args_.inputs() * args_.I, G * B * out, G * B * H};
-    require(y_ && y_.fits(outputs[0]), "y has another size");
+    require((y_ || args_.seq.T == 1) && y_.fits(outputs[0]), "y has another size");  // of one step it is not read
     for (size_t k = 0; k < 4; ++k) require(grads_[k].fits(outputs[k]), "the gradient of an output has another size");
     for (size_t k = 0; k < 3; ++k) require(states[k].fits(inputs[k]), "the gradient of an input has another size");
     args_.dy = grads_[0].data();

@@ -1,7 +1,8 @@
 """The extension that csrc/bindings.cpp defines.
 
 The kernels read and write the very tensors given. `forward`, `backward` and a `Prepared` return 0
-when done, and else, where the workspace (uint8) is too small, how many bytes it takes.
+when done, and else, where the workspace (uint8) is too small, how many bytes it takes. A matrix x
+without `batch_sizes` is one step, of which `h_n` may be `y`, and `backward` needs no `y`.
 """
 
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ def backward(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor | None],
-    y: Tensor,
+    y: Tensor | None,
     saved: Sequence[Tensor],
     grads: Sequence[Tensor | None],
     dstates: Sequence[Tensor | None],

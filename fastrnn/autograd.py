@@ -107,14 +107,14 @@ def run_backward(
     return needed
 
 
-def _is_batched(grad: Tensor | None) -> bool:
+def is_batched(grad: Tensor | None) -> bool:
     if grad is None:
         return False
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(grad)
     return wrapped or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
-def _plain_backward(
+def plain_backward(
     problem: Problem, inputs: Inputs, grads: Grads, needs: Sequence[bool], samples: int
 ) -> Sequence[Tensor | None]:
     """Gradients through the plain torch backend, which runs the layer again.
@@ -183,9 +183,9 @@ class Route(NamedTuple):
         ):
             return backend.backward(problem, inputs, y, saved, grads, needs, samples)
         if not torch.compiler.is_compiling() and (
-            torch.is_grad_enabled() or any(map(_is_batched, grads))
+            torch.is_grad_enabled() or any(map(is_batched, grads))
         ):
-            return _plain_backward(problem, inputs, grads, needs, samples)
+            return plain_backward(problem, inputs, grads, needs, samples)
         with torch.no_grad():
             given = run_backward(backend, problem, inputs, y, saved, grads, needs, samples)
         found = iter(given)

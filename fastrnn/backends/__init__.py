@@ -21,6 +21,8 @@ from .base import (
     Prepares,
     Problem,
     SavedShape,
+    StepInputs,
+    TakesSteps,
     Weights,
     check_lengths,
 )
@@ -41,6 +43,8 @@ __all__ = [
     "Problem",
     "Recompute",
     "SavedShape",
+    "StepInputs",
+    "TakesSteps",
     "Weights",
     "asked",
     "backend",

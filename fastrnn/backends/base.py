@@ -192,6 +192,44 @@ class Prepares(Protocol):
         which it overwrites."""
 
 
+class StepInputs(NamedTuple):
+    """A cell's step: its tensors without the dimensions T and G that a layer's have."""
+
+    x: Tensor  # [B, I] of any strides
+    h0: Tensor | None  # [B, H], None for zeros
+    c0: Tensor | None  # likewise, and for cells without c
+    weights: Weights
+
+    def inputs(self) -> Inputs:
+        """Those of a layer of one timestep."""
+        x, *states = (None if t is None else t.unsqueeze(0) for t in self[:3])
+        assert x is not None
+        return Inputs(x, None, None, None, (*states, None, None), self.weights)
+
+
+@runtime_checkable
+class TakesSteps(Protocol):
+    """A backend that takes a cell's step as it is. One that cannot is given a layer of one
+    timestep, which costs a small cell half its time. The problem is the same either way."""
+
+    def step(
+        self, problem: Problem, step: StepInputs, save: bool
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """The new h and c [B, H], c None for cells without, and what the backward pass wants, []
+        unless `save`."""
+
+    def step_backward(
+        self,
+        problem: Problem,
+        step: StepInputs,
+        saved: list[Tensor],
+        grads: tuple[Tensor | None, Tensor | None],
+        needs: Sequence[bool],
+    ) -> Sequence[Tensor | None]:
+        """The gradients of x, h0, c0 and the weights, None of those not needed, from those of h and
+        c, None standing for zeros."""
+
+
 def unpacked(batch_sizes: Tensor, B: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Each batch row's length, and each step's first row, from the rows that a step has; on the
     device, which nobody waits for."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import cores, missing
-from .base import Grads, Inputs, Outputs, Problem, SavedShape
+from .base import Grads, Inputs, Outputs, Problem, SavedShape, StepInputs
 from .segments import packed
 
 try:
@@ -119,6 +119,41 @@ class _Cpu:
     ) -> list[Tensor | None]:
         run = _backward_cut if problem.lengths or problem.reset else _backward
         return run(problem, inputs, y, saved, grads, needs, samples)
+
+    def step(
+        self, problem: Problem, step: StepInputs, save: bool
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        x, h0, c0, weights = step
+        state = (problem.B, problem.H)
+        h = x.new_empty(state)
+        c = x.new_empty(state) if problem.cell.states > 1 else None
+        saved = _shapes(problem, (1, problem.B)).empty_saved(x) if save else []
+        _workspace.run(
+            _C.forward, _CELLS[problem.cell.name][0], torch.get_num_threads(), problem.reverse,
+            problem.B, x, None, h0, c0, weights, h, h, c, None, saved,
+        )  # fmt: skip
+        return h, c, saved
+
+    def step_backward(
+        self,
+        problem: Problem,
+        step: StepInputs,
+        saved: list[Tensor],
+        grads: tuple[Tensor | None, Tensor | None],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        x, h0, c0, weights = step
+        dx, dh0, dc0, *dweights = [
+            _empty_like(t) if needed and t is not None else None
+            for t, needed in zip((x, h0, c0, *weights), needs, strict=True)
+        ]
+        dh, dc = grads
+        _workspace.run(
+            _C.backward, _CELLS[problem.cell.name][0], torch.get_num_threads(), problem.reverse,
+            problem.B, x, None, h0, c0, weights, None, saved, (dh, None, dc, None),
+            (dx, dh0, dc0), dweights, 1, None,
+        )  # fmt: skip
+        return [dx, dh0, dc0, *dweights]
 
     def prepare(self, problem: Problem, inputs: Inputs, outputs: Outputs) -> Callable[[], None]:
         y, h_n, c_n, _, _ = outputs

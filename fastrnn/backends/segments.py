@@ -34,14 +34,14 @@ class Segments(NamedTuple):
             ValueError: a length is below 0 or above T.
         """
         T, B = problem.T, problem.B
-        ends = torch.full((B,), T) if lengths is None else lengths
+        ends = torch.full((B,), T, device="cpu") if lengths is None else lengths
         if lengths is not None:
             check_lengths(lengths, T)
-        begins = torch.zeros(B, T, dtype=torch.bool)
+        begins = torch.zeros(B, T, dtype=torch.bool, device="cpu")
         if reset is not None:
             begins |= reset.t()
         begins[:, 0] = True
-        begins &= torch.arange(T) < ends[:, None]
+        begins &= torch.arange(T, device="cpu") < ends[:, None]
         row, start = begins.nonzero(as_tuple=True)  # by row, then by time
         first = start == 0
         last = torch.cat([row[1:] != row[:-1], row.new_ones(len(row[:1]), dtype=torch.bool)])
@@ -51,8 +51,9 @@ class Segments(NamedTuple):
         longest = int(length[0]) if len(length) else 0
         # A segment is active at step k if it is longer than k.
         batch_sizes = len(length) - torch.bincount(length, minlength=longest)[:longest].cumsum(0)
-        step = torch.repeat_interleave(torch.arange(longest), batch_sizes)
-        segment = torch.arange(len(step)) - (batch_sizes.cumsum(0) - batch_sizes)[step]
+        step = torch.repeat_interleave(torch.arange(longest, device="cpu"), batch_sizes)
+        before = batch_sizes.cumsum(0) - batch_sizes
+        segment = torch.arange(len(step), device="cpu") - before[step]
         rows = (start[segment] + step) * B + row[segment]
         starts = first if reset is None else first & ~reset[0][row]
         return cls(rows, batch_sizes, row, starts, first, last, len(rows) == T * B)

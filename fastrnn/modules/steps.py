@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,49 +10,65 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from .. import functional
 from ..cells import CELLS, States
+from ..plain import slows_down
+from ..step import step, without_lead
 from .identity import AnswersAsTorch
 from .layers import Device
 from .tracing import NotScriptable, Proxy, record
+
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
     """What the cells share: one step of a layer. The parameters are RNNCellBase's."""
 
     _kind: ClassVar[str]
+    _state_names: ClassVar[tuple[str, ...]] = ("hidden",)
 
     @property
     def _cell(self) -> str:
         raise NotImplementedError
 
-    def _run(self, input: Tensor, hx: States | None) -> States:
-        if torch._C._is_any_autocast_enabled() and functional.is_autocast(input.device):
-            return self._run_without_autocast(input, hx)
-        batched = input.dim() == 2
-        x = input if batched else input.unsqueeze(0)
-        states = hx if batched or hx is None else tuple(s.unsqueeze(0) for s in hx)
-        self._check(x, states)
-        if states is not None:
-            states = tuple(s.unsqueeze(0) for s in states)
-        weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
-        _, ends, _ = functional.layer(self._cell, x.unsqueeze(0), states, weights)
-        # In place, so that they are no views: those cannot be detached in place, as loops do.
-        ends = tuple(s.squeeze_(0) for s in ends)
-        return ends if batched else tuple(s.squeeze_(0) for s in ends)
+    def _step(self, input: Tensor, hx: States | None) -> States:
+        weights = self._weights()
+        if slows_down((input, *(hx or ()), *weights)):
+            with torch._C.DisableTorchFunction():
+                return self._run(input, hx, weights)
+        return self._run(input, hx, weights)
 
-    def _run_without_autocast(self, input: Tensor, hx: States | None) -> States:
+    def _run(self, input: Tensor, hx: States | None, weights: list[Any]) -> States:
+        if torch._C._is_any_autocast_enabled() and functional.is_autocast(input.device):
+            return self._run_without_autocast(input, hx, weights)
+        sizes = self.input_size, self.hidden_size
+        if input.dim() == 2:
+            return step(self._cell, input, hx, weights, self._check, sizes)
+        self._check_ranks(input, hx)
+        x, states = input.unsqueeze(0), None if hx is None else tuple(s.unsqueeze(0) for s in hx)
+        ends = step(self._cell, x, states, weights, self._check, sizes)
+        return tuple(without_lead(s) for s in ends)
+
+    def _weights(self) -> list[Any]:
+        """As they are now: parameters, parametrizations, plain tensors alike."""
+        own = self._parameters
+        return [own[name] if name in own else getattr(self, name) for name in _WEIGHTS]
+
+    def _run_without_autocast(self, input: Tensor, hx: States | None, weights: list[Any]) -> States:
         """In the dtype of the weights: a state handed on from step to step in 16 bits decays."""
-        dtype = self.weight_ih.dtype
+        dtype = weights[0].dtype
         with torch.autocast(input.device.type, enabled=False):
             states = None if hx is None else tuple(functional.cast(s, dtype) for s in hx)
-            return self._run(functional.cast(input, dtype), states)
+            return self._run(functional.cast(input, dtype), states, weights)
 
-    def _check_rank(self, tensor: Tensor, name: str) -> None:
-        if tensor.dim() not in (1, 2):
-            raise ValueError(
-                f"{self._kind}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead"
-            )
+    def _check_ranks(self, input: Tensor, hx: States | None) -> None:
+        named = zip(("input", *self._state_names), (input, *(hx or ())), strict=False)
+        for name, tensor in named:
+            if tensor.dim() not in (1, 2):
+                raise ValueError(
+                    f"{self._kind}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead"
+                )
 
     def _check(self, x: Tensor, states: States | None) -> None:
+        self._check_ranks(x, states)
         if x.shape[1] != self.input_size:
             raise RuntimeError(
                 f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}"
@@ -79,10 +95,7 @@ class _StepOfOneState(Step):
         if isinstance(input, Proxy):
             node: Tensor = record(self, input, hx)
             return node
-        self._check_rank(input, "input")
-        if hx is not None:
-            self._check_rank(hx, "hidden")
-        return self._run(input, None if hx is None else (hx,))[0]
+        return self._step(input, None if hx is None else (hx,))[0]
 
 
 class RNNCell(_StepOfOneState):
@@ -114,6 +127,7 @@ class LSTMCell(Step):
     """One step of :class:`LSTM`, a drop-in for :class:`torch.nn.LSTMCell`."""
 
     _kind = "LSTMCell"
+    _state_names = ("hx[0]", "hx[1]")
 
     def __init__(
         self,
@@ -137,17 +151,14 @@ class LSTMCell(Step):
         if isinstance(input, Proxy):
             nodes: tuple[Tensor, Tensor] = record(self, input, hx)
             return nodes
-        self._check_rank(input, "input")
         if hx is not None:
             if isinstance(hx, Tensor):
                 raise TypeError(
                     "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor"
                 )
-            for k, state in enumerate(hx):
-                self._check_rank(state, f"hx[{k}]")
             if len(hx) != 2:
                 raise RuntimeError("lstm_cell expects two hidden states")
-        h, c = self._run(input, None if hx is None else tuple(hx))
+        h, c = self._step(input, None if hx is None else tuple(hx))
         return h, c
 
 

@@ -1,0 +1,170 @@
+"""A cell's step, by the shortest path from its tensors to a kernel; where there is none, as a layer
+of one timestep.
+
+A small step takes less time than what surrounds a layer: looking at its arguments, dimensions for
+time and groups, states that are outputs too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import functional, ops
+from .autograd import plain_backward
+from .backends import Grads, Problem, StepInputs, TakesSteps, Weights, asked, choose
+from .cells import States
+from .plain import all_plain, is_watched, signature
+
+Check = Callable[[Tensor, States | None], None]
+
+
+def step(
+    cell: str,
+    x: Tensor,
+    states: States | None,
+    weights: Weights,
+    check: Check,
+    sizes: tuple[int, int],
+) -> States:
+    """One timestep of one group.
+
+    Args:
+        cell: a key of :data:`fastrnn.cells.CELLS`.
+        x: [B, I] of any strides.
+        states: h [B, H] and, for cells with one, c [B, H]; None for zeros.
+        weights: w_ih [gates*H, I], w_hh [gates*H, H], b_ih and b_hh [gates*H] or None, in torch's
+            gate order.
+        check: what raises if `x` or `states` do not fit `sizes`; not called where the same shapes
+            have passed.
+        sizes: what `check` compares with.
+
+    Returns:
+        The new states, shaped as `states`.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit together.
+    """
+    tensors = (x, *(states or ()), *weights)
+    read = signature(tensors)
+    if read is None:
+        check(x, states)
+        return _as_layer(cell, x, states, weights)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    key = (cell, sizes, grad, asked(), 0 if states is None else len(states), read)
+    if key in _bound:
+        bound = _bound[key]
+        if bound is not None:
+            return bound.run(x, states, weights)
+        return _as_layer(cell, x, states, weights)
+    check(x, states)
+    new = _as_layer(cell, x, states, weights)
+    _remember(key, Bound.of(cell, x, weights, grad))
+    return new
+
+
+class Bound(NamedTuple):
+    """What the steps of equal dtypes, devices and shapes have in common."""
+
+    problem: Problem
+    backend: TakesSteps
+
+    @classmethod
+    def of(cls, cell: str, x: Tensor, weights: Weights, grad: bool) -> Bound | None:
+        """Of a step that is known to fit; None if its backend takes layers only, or may be another
+        one next time, as on a GPU."""
+        inputs = StepInputs(x, None, None, weights).inputs()
+        problem = ops.describe(cell, inputs, (False,), x.shape[0], False, grad)
+        backend = choose(problem)
+        if not isinstance(backend, TakesSteps) or problem.device.type != "cpu":
+            return None
+        return cls(problem, backend)
+
+    def run(self, x: Tensor, states: States | None, weights: Weights) -> States:
+        problem, backend = self
+        h0, c0 = (*(states or ()), None, None)[:2]
+        if problem.grad:
+            h, c = _apply(self, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
+        else:
+            h, c, _ = backend.step(problem, StepInputs(x, h0, c0, weights), False)
+        return (h,) if c is None else (h, c)
+
+
+# The steps that have passed the checks, by what may decide who serves them; None: as a layer.
+_bound: dict[tuple[object, ...], Bound | None] = {}
+_MOST_BOUND = 4096
+
+
+def _remember(key: tuple[object, ...], bound: Bound | None) -> None:
+    if len(_bound) >= _MOST_BOUND:
+        _bound.clear()
+    _bound[key] = bound
+
+
+def _as_layer(cell: str, x: Tensor, states: States | None, weights: Weights) -> States:
+    lead = None if states is None else tuple(s.unsqueeze(0) for s in states)
+    _, ends, _ = functional.layer(cell, x.unsqueeze(0), lead, weights)
+    return tuple(without_lead(s) for s in ends)
+
+
+def without_lead(state: Tensor) -> Tensor:
+    """A new state without its first dimension. In place, so that it is no view: those cannot be
+    detached in place, as loops do. A subclass' is a view already, which cannot be changed so."""
+    return state.squeeze_(0) if type(state) is Tensor else state.squeeze(0)
+
+
+class CellStep(torch.autograd.Function):
+    """A step on a backend that takes it as it is, of plain tensors.
+
+    Its gradients are differentiable: where a graph of them is asked for (``create_graph``), or
+    anybody watches the backward pass, they are computed by the plain torch backend instead."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        bound: Bound,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        h, c, saved = bound.backend.step(bound.problem, StepInputs(x, h0, c0, weights), True)
+        ctx.set_materialize_grads(False)
+        ctx.bound = bound
+        ctx.save_for_backward(x, h0, c0, *weights, *saved)
+        return h, c
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:]
+        if dh is None and dc is None:
+            return None, *(None for _ in needs)
+        x, h0, c0, *others = ctx.saved_tensors
+        weights, saved = others[: len(needs) - 3], others[len(needs) - 3 :]
+        inputs = StepInputs(x, h0, c0, weights)
+        problem, backend = ctx.bound
+        with torch._C._DisableAutocast():  # which forward() may not have been called under
+            if torch.is_grad_enabled() or is_watched() or not all_plain((dh, dc)):
+                return None, *_plain_gradients(problem, inputs, dh, dc, needs)
+            return None, *backend.step_backward(problem, inputs, saved, (dh, dc), needs)
+
+
+# Its apply without what torch does first for transforms, of which plain tensors know nothing.
+_apply = super(torch.autograd.Function, CellStep).apply
+
+
+def _plain_gradients(
+    problem: Problem,
+    step: StepInputs,
+    dh: Tensor | None,
+    dc: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    dh_n, dc_n = (None if d is None else d.unsqueeze(0) for d in (dh, dc))
+    wanted = (*needs[:3], False, False, *needs[3:])
+    found = plain_backward(problem, step.inputs(), Grads(None, dh_n, dc_n, None), wanted, 1)
+    first = [None if d is None else d.squeeze(0) for d in found[:3]]
+    return [*first, *found[5:]]
