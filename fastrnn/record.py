@@ -66,7 +66,9 @@ class Measured(NamedTuple):
         seconds, name = min(slower)
         ratio = seconds / self.seconds[backend]
         rows = "" if self.B is None else f" B={self.B}"
-        return f"by the record of {self.date}: {ratio:.1f} times as fast as {name} at H={self.H}{rows}"
+        return (
+            f"by the record of {self.date}: {ratio:.1f} times as fast as {name} at H={self.H}{rows}"
+        )
 
 
 @dataclass

@@ -161,7 +161,7 @@ class _Cpu:
         kernel = _C.Prepared(
             cell, threads, inputs.x, inputs.h0, inputs.c0, inputs.weights, y, h_n, c_n
         )
-        return lambda: _workspace.run(kernel)
+        return functools.partial(_workspace.run, kernel)
 
 
 class _Shapes(NamedTuple):
