@@ -2,8 +2,9 @@
 where nvcc is found, fastrnn._cuda: the CUDA kernels once per precision, for all architectures.
 
 Ninja does the work, so that a second build compiles only what changed. CXX, CXXFLAGS, LDFLAGS and
-MAX_JOBS are honoured. FASTRNN_CUDA=0 leaves fastrnn._cuda out and FASTRNN_CUDA=1 insists on it;
-NVCC names the compiler, FASTRNN_CUDA_ARCHS the architectures.
+MAX_JOBS are honoured. FASTRNN_ISAS names the instruction sets to build besides the portable one, as
+"avx2 avx512", all by default. FASTRNN_CUDA=0 leaves fastrnn._cuda out and FASTRNN_CUDA=1 insists on
+it; NVCC names the compiler, FASTRNN_CUDA_ARCHS the architectures.
 """
 
 from __future__ import annotations
@@ -74,7 +75,11 @@ def instruction_sets(compiler: list[str]) -> dict[str, list[str]]:
     complaint = refusal(compiler, [])
     if complaint is not None:
         raise SystemExit(f"{name} cannot compile C++17 with OpenMP:\n{complaint}")
-    wanted = X86_SETS if X86 else {}
+    asked = os.environ.get("FASTRNN_ISAS", "").split() or [*X86_SETS]
+    unknown = set(asked) - {"portable", *X86_SETS}
+    if unknown:
+        raise SystemExit(f"FASTRNN_ISAS: choose from portable, {', '.join(X86_SETS)}")
+    wanted = {isa: flags for isa, flags in X86_SETS.items() if X86 and isa in asked}
     known = {isa: flags for isa, flags in wanted.items() if refusal(compiler, flags) is None}
     for isa in wanted.keys() - known.keys():
         print(f"fastrnn: left out {isa}: {name} does not accept {shlex.join(wanted[isa])}")

@@ -15,7 +15,6 @@ import argparse
 import copy
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ from benchmarks.check import compare
 from benchmarks.results import FOLDER
 from fastrnn.backends import BACKENDS
 from fastrnn.cells import CELLS
-from fastrnn.machine import version
+from fastrnn.machine import gpu_driver, version
 from fastrnn.validation import TF32_EPS
 
 DTYPES = {
@@ -308,22 +307,13 @@ def measure(case: Case, seconds: float, opponents: Sequence[str]) -> Row:
     return row
 
 
-def driver() -> str:
-    """The kernel driver's version, as far as its own tool tells it."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def describe() -> dict[str, Any]:
     about = torch.cuda.get_device_properties(0)
     return machine.describe() | {
         "gpu": about.name,
         "gpu_memory": about.total_memory,
         "processors": about.multi_processor_count,
-        "driver": driver(),
+        "driver": gpu_driver(),
         "cuda": torch.version.cuda or torch.version.hip,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "triton": version("triton"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
+from . import record
 from .backends import (
     BACKENDS,
     Grads,
@@ -21,9 +22,11 @@ from .backends import (
     Outputs,
     Problem,
     SavedShape,
+    asked,
     choose,
     only,
     refusal,
+    timed_as,
 )
 from .modules import Layers, Step
 
@@ -38,6 +41,7 @@ class Explanation:
         serves: name of the backend that a call would use now; None if the call would raise.
         refusals: reason of every backend that refuses, by name.
         name: of the module in the model that was explained; empty for a layer alone.
+        measured: what the device's record says for `serves`, if it was chosen by times.
     """
 
     layer: int
@@ -45,6 +49,7 @@ class Explanation:
     serves: str | None
     refusals: dict[str, str]
     name: str = ""
+    measured: str | None = None
 
     def __str__(self) -> str:
         p = self.problem
@@ -55,10 +60,11 @@ class Explanation:
         flags.append("with gradients" if p.grad else "without gradients")
         where = f"{self.name}, layer" if self.name else "layer"
         lines = [f"{where} {self.layer}: {p.cell.name} {sizes}, {kind}, {', '.join(flags)}"]
+        serves = "serves" + (f", {self.measured}" if self.measured else "")
         for backend in BACKENDS:
             reason = self.refusals.get(backend.name)
             answer = f"refuses: {reason}" if reason else "could serve"
-            lines.append(f"  {backend.name}: {'serves' if backend.name == self.serves else answer}")
+            lines.append(f"  {backend.name}: {serves if backend.name == self.serves else answer}")
         return "\n".join(lines)
 
 
@@ -208,8 +214,8 @@ def _explain_call(
     explanations = []
     for k, (problem, flat) in enumerate(zip(_notebook.problems, weights, strict=True)):
         grad = grad or any(map(_requires_grad, flat))
-        asked = problem._replace(grad=grad and torch.is_grad_enabled())
-        explanations.append(_explain_one(k, asked, name))
+        posed = problem._replace(grad=grad and torch.is_grad_enabled())
+        explanations.append(_explain_one(k, posed, name))
     return explanations
 
 
@@ -231,5 +237,8 @@ def _explain_one(layer: int, problem: Problem, name: str) -> Explanation:
     try:
         serves = choose(problem).name
     except RuntimeError:
-        serves = None
-    return Explanation(layer, problem, serves, reasons, name)
+        return Explanation(layer, problem, None, reasons, name)
+    times = record.measured(*timed_as(problem)) if asked() is None else None
+    others = [b.name for b in BACKENDS if b.name != serves and b.name not in reasons]
+    measured = None if times is None else times.tells(serves, others)
+    return Explanation(layer, problem, serves, reasons, name, measured)

@@ -45,6 +45,11 @@ def instruction_set() -> str:
     return "" if _C is None else _C.isa()
 
 
+def use_instruction_set(name: str) -> None:
+    """Let this process compute with one of :func:`instruction_sets`."""
+    _C.use_isa(name)
+
+
 def version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -65,10 +65,8 @@ class Measured(NamedTuple):
             return None
         seconds, name = min(slower)
         ratio = seconds / self.seconds[backend]
-        rows = "" if self.B is None else f" B={self.B}"
-        return (
-            f"by the record of {self.date}: {ratio:.1f} times as fast as {name} at H={self.H}{rows}"
-        )
+        point = f"H={self.H}" + ("" if self.B is None else f" B={self.B}")
+        return f"by the record of {self.date}: {ratio:.1f} times as fast as {name} at {point}"
 
 
 @dataclass
@@ -265,6 +263,12 @@ def forget() -> None:
     measured.cache_clear()
 
 
+def has_times(device: torch.device) -> bool:
+    """Whether `tune` has measured the device."""
+    record = of(device)
+    return record is not None and bool(record.times)
+
+
 def fastest(
     cell: str, dtype: torch.dtype, device: torch.device, training: bool, H: int, B: int | None
 ) -> tuple[str, ...]:
@@ -279,19 +283,23 @@ def is_wrong(backend: str, cell: str, dtype: torch.dtype, device: torch.device) 
     return record is not None and _kernel(backend, cell, dtype) in record.wrong
 
 
-def is_validated(backend: str, cell: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `check` found this backend's kernel right, and `tune` has measured it."""
+def is_right(backend: str, cell: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `check` found this backend's kernel right."""
     record = of(device)
-    if record is None or _kernel(backend, cell, dtype) not in record.right:
-        return False
-    return any(
+    return record is not None and _kernel(backend, cell, dtype) in record.right
+
+
+def is_timed(backend: str, cell: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `tune` has measured this backend's kernel."""
+    record = of(device)
+    return record is not None and any(
         (t.cell, t.dtype) == (cell, _name(dtype)) and backend in t.seconds for t in record.times
     )
 
 
 # Dynamo takes what they answer for constants (see fastrnn.backends.asked).
-for _function in (fastest, is_wrong, is_validated):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _function in (has_times, fastest, is_wrong, is_right, is_timed):
+    _function._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def _kernel(backend: str, cell: str, dtype: torch.dtype) -> Kernel:

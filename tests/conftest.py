@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,9 @@ import torch
 # kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# No test goes by what a developer's own machine has on record.
+os.environ["FASTRNN_CACHE"] = tempfile.mkdtemp(prefix="fastrnn-tests-")
 
 from fastrnn import _C
 

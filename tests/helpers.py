@@ -169,8 +169,11 @@ def _rounded(value: Any, dtype: torch.dtype) -> Any:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter; fastrnn's environment variables are those given."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("FASTRNN_")}
+    """Run code in a fresh interpreter; of fastrnn's environment variables it has those given, and
+    the one that keeps records out."""
+    inherited = {
+        k: v for k, v in os.environ.items() if k == "FASTRNN_CACHE" or not k.startswith("FASTRNN_")
+    }
     return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

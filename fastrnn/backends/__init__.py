@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch._C._functorch import CVmapInterpreterPtr, TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
+from .. import record
 from .aten import ATEN
 from .base import (
     Backend,
@@ -54,6 +56,7 @@ __all__ = [
     "choose",
     "only",
     "refusal",
+    "timed_as",
     "transforms_refusal",
 ]
 
@@ -128,9 +131,23 @@ def refusal(candidate: Backend, problem: Problem) -> str | None:
         if torch._C._get_tracing_state() is not None:
             return "torch.jit.trace is recording, and cannot record the kernels"
     reason = candidate.supports(problem)
-    if reason is None and asked() != candidate.name:
-        return candidate.on_request
-    return reason
+    return _objection(candidate, problem) if reason is None else reason
+
+
+def _objection(candidate: Backend, problem: Problem) -> str | None:
+    """Why a backend that supports the problem does not serve it on this machine; None if it does.
+
+    The device's record decides: see :mod:`fastrnn.record`."""
+    kernel = candidate.name, problem.cell.name, problem.dtype, problem.device
+    if record.is_wrong(*kernel):
+        dtype = str(problem.dtype).removeprefix("torch.")
+        return (
+            f"`python -m fastrnn check` found its {problem.cell.name} {dtype} kernel wrong on this "
+            "machine"
+        )
+    if asked() == candidate.name or (record.is_right(*kernel) and record.is_timed(*kernel)):
+        return None
+    return candidate.on_request
 
 
 def transforms_refusal() -> str | None:
@@ -150,7 +167,8 @@ def transforms_refusal() -> str | None:
 
 
 def choose(problem: Problem) -> Backend:
-    """The backend asked for by name, or else the first that serves the problem."""
+    """The backend asked for by name, or else the first that serves the problem, in the order of
+    preference or, where the device's record has times, the fastest first."""
     name = asked()
     if name is not None:
         chosen = by_name(name)
@@ -159,12 +177,30 @@ def choose(problem: Problem) -> Backend:
             raise RuntimeError(f"fastrnn backend {name!r} was asked for, but refuses: {reason}")
         return chosen
     reasons = []
-    for candidate in BACKENDS:
+    for candidate in _in_order(problem):
         reason = refusal(candidate, problem)
         if reason is None:
             return candidate
         reasons.append(f"{candidate.name}: {reason}")
     raise RuntimeError("no fastrnn backend serves this layer: " + "; ".join(reasons))
+
+
+def _in_order(problem: Problem) -> list[Backend]:
+    """The backends in which one is looked for: those that `tune` has measured come first."""
+    if not record.has_times(problem.device):
+        return BACKENDS
+    names = record.fastest(*timed_as(problem))
+    measured = [backend for name in names for backend in BACKENDS if backend.name == name]
+    return [*measured, *(backend for backend in BACKENDS if backend.name not in names)]
+
+
+def timed_as(problem: Problem) -> tuple[str, torch.dtype, torch.device, bool, int, int | None]:
+    """What of a problem its time is looked up by in a record: cell, dtype, device, whether
+    gradients are wanted, H and B. While a call is compiled or traced B is None, and all B count
+    together: what is made of it serves other batches too."""
+    traced = torch.compiler.is_compiling() or not isinstance(problem.B, int)
+    H, B = operator.index(problem.H), None if traced else problem.B
+    return problem.cell.name, problem.dtype, problem.device, problem.grad, H, B
 
 
 def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:

@@ -15,7 +15,8 @@ SavedShape = tuple[tuple[int, ...], torch.dtype]
 
 # Why a backend is not chosen by itself, for `Backend.on_request`.
 UNVALIDATED = (
-    "its kernels have not been validated on a GPU yet, so it serves only when asked for by name"
+    "its kernels serve only when asked for by name, until `python -m fastrnn check` has validated "
+    "and `python -m fastrnn tune` has timed them on this very device"
 )
 
 
@@ -152,7 +153,8 @@ class Backend(Protocol):
 
     name: str
     differentiable: bool  # forward() is plain torch, seen through by autograd: no backward()
-    on_request: str | None  # why it serves only when asked for by name; None where it always may
+    # Why it serves only when asked for by name, or by the device's record; None for others.
+    on_request: str | None
 
     def supports(self, problem: Problem) -> str | None:
         """None, or the reason why this backend does not serve the problem."""

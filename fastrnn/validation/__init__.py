@@ -10,11 +10,13 @@ from .budget import (
     rms,
 )
 from .cases import (
+    OUTPUTS,
     TORCH_LAYERS,
     Case,
     Inputs,
     Named,
     as_function,
+    as_problem,
     collect,
     float32_products,
     make_inputs,
@@ -23,6 +25,7 @@ from .cases import (
 )
 
 __all__ = [
+    "OUTPUTS",
     "TF32_EPS",
     "TORCH_LAYERS",
     "Case",
@@ -31,6 +34,7 @@ __all__ = [
     "Truth",
     "WrongResultError",
     "as_function",
+    "as_problem",
     "assert_within_budget",
     "collect",
     "float32_products",

@@ -12,8 +12,17 @@ from torch import Tensor
 
 from .. import backends
 from ..cells import States, Step
-from ..ops import describe
-from .cases import Case, Inputs, Named, collect, float32_products, make_inputs, run, run_plain
+from .cases import (
+    Case,
+    Inputs,
+    Named,
+    as_problem,
+    collect,
+    float32_products,
+    make_inputs,
+    run,
+    run_plain,
+)
 
 CPU = torch.device("cpu")
 FACTOR = 2.0
@@ -177,18 +186,8 @@ class Truth:
 
     def _run_with(self, step: Step) -> Named:
         """The call in float64, with another step than the cell's own."""
-        case, inputs = self.case, self._inputs().to(torch.float64)
-        options = case.options
-        h0, h_reset = ([*states, None][0] for states in (inputs.states, inputs.at_reset))
-        given = backends.Inputs(
-            inputs.x,
-            case.batch_sizes,
-            options["lengths"],
-            options["reset"],
-            (h0, None, h_reset, None),
-            inputs.weights,
-        )
-        problem = describe(self.cell, given, case.reverse, case.B, case.every, True)
+        inputs = self._inputs().to(torch.float64)
+        problem, given = as_problem(self.cell, self.case, inputs)
         cell = replace(problem.cell, step=step)
         y, h_n, _, _, _ = backends.REFERENCE.forward(problem._replace(cell=cell), given, False)
         return collect([y, h_n], inputs)

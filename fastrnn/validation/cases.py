@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import backends, functional
 from ..backends import backend as using
 from ..cells import CELLS
+from ..ops import describe
 
 Named = dict[str, Tensor]
 OUTPUTS = ("y", "h_n", "c_n", "c")
@@ -207,6 +208,18 @@ def as_function(
         return (y, *ends) if c is None else (y, *ends, c)
 
     return list(inputs.leaves.values()), layer
+
+
+def as_problem(cell: str, case: Case, inputs: Inputs) -> tuple[backends.Problem, backends.Inputs]:
+    """What a backend is asked and given for the call."""
+    options, states = case.options, []
+    for kind in (inputs.states, inputs.at_reset):
+        h, c = [*kind, None, None][:2]
+        states += [h, c]
+    given = backends.Inputs(
+        inputs.x, case.batch_sizes, options["lengths"], options["reset"], states, inputs.weights
+    )
+    return describe(cell, given, case.reverse, case.B, case.every, True), given
 
 
 def run(cell: str, case: Case, inputs: Inputs, backend: str) -> Named:

@@ -1,0 +1,1 @@
+"""The subcommands of ``python -m fastrnn``: each module has add_arguments() and run()."""
