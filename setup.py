@@ -1,16 +1,19 @@
 """Builds fastrnn._C: the CPU kernels once per instruction set, all else once, in one library; and,
-where nvcc is found, fastrnn._cuda: the CUDA kernels once per precision, for all architectures.
+where it is wanted, fastrnn._cuda: the CUDA kernels once per precision, for all architectures.
 
 Ninja does the work, so that a second build compiles only what changed. CXX, CXXFLAGS, LDFLAGS and
 MAX_JOBS are honoured. FASTRNN_ISAS names the instruction sets to build besides the portable one, as
-"avx2 avx512", all by default. FASTRNN_CUDA=0 leaves fastrnn._cuda out and FASTRNN_CUDA=1 insists on
-it; NVCC names the compiler, FASTRNN_CUDA_ARCHS the architectures.
+"avx2 avx512", all by default. FASTRNN_CUDA=1 asks for fastrnn._cuda and FASTRNN_CUDA=0 for none;
+without either it is built where there are nvcc and a torch that is built for CUDA. NVCC names the
+compiler, FASTRNN_CUDA_ARCHS the architectures.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -105,17 +108,32 @@ def compile_units(sets: dict[str, list[str]], sources: list[str]) -> list[Unit]:
     return units
 
 
-def find_nvcc() -> str | None:
-    """The CUDA compiler, or None if this build goes without it."""
+def find_nvcc() -> tuple[str | None, str]:
+    """The CUDA compiler, or None if this build goes without it; and the reason."""
     asked = os.environ.get("FASTRNN_CUDA", "")
     if asked not in {"", "0", "1"}:
         raise SystemExit(f"FASTRNN_CUDA must be 0 or 1, not {asked!r}")
     if asked == "0":
-        return None
+        return None, "FASTRNN_CUDA=0"
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
-    if nvcc is None and asked == "1":
-        raise SystemExit("FASTRNN_CUDA=1 needs nvcc: install the CUDA toolkit, or set NVCC")
-    return nvcc
+    if asked == "1":
+        if nvcc is None:
+            raise SystemExit("FASTRNN_CUDA=1 needs nvcc: install the CUDA toolkit, or set NVCC")
+        return nvcc, "FASTRNN_CUDA=1"
+    version = torch_cuda_version()
+    if version is None:
+        return None, "no torch with CUDA is here; FASTRNN_CUDA=1 builds it all the same"
+    return nvcc, f"torch has CUDA {version}" + ("" if nvcc else ", but there is no nvcc")
+
+
+def torch_cuda_version() -> str | None:
+    """Of the torch that is installed, or None. It is read and not imported, which takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    version = Path(spec.origin).with_name("version.py")
+    cuda: str | None = runpy.run_path(str(version)).get("cuda") if version.exists() else None
+    return cuda
 
 
 def virtual_arch(arch: str) -> str:
@@ -211,7 +229,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]  # setuptools is untyped
         if ext.name != "fastrnn._cuda":
             units = compile_units(instruction_sets(compiler), sources)
             return ninja_text(compiler, units, target, ["-shared"])
-        nvcc = find_nvcc()
+        nvcc, _ = find_nvcc()
         assert nvcc is not None
         return cuda_ninja_text(compiler, nvcc, sources, target)
 
@@ -224,8 +242,9 @@ def extensions() -> list[Extension]:
     headers = files("csrc/**/*.h")
     cpu = [*files("csrc/*.cpp"), *files("csrc/cpu/*.cpp")]
     found = [Extension("fastrnn._C", sources=cpu, depends=headers)]
-    if find_nvcc() is None:
-        print("fastrnn: CUDA left out: no nvcc, or FASTRNN_CUDA=0", flush=True)
+    nvcc, why = find_nvcc()
+    print(f"fastrnn: CUDA {'left out' if nvcc is None else 'built'}: {why}", flush=True)
+    if nvcc is None:
         return found
     cuda = [*files("csrc/cuda/*.cpp"), *files("csrc/cuda/*.cu")]
     return [*found, Extension("fastrnn._cuda", sources=cuda, depends=headers)]

@@ -38,12 +38,11 @@ class Memory:
             lead, step = (L, *rows), (1, B)
         widths = widths[: CELLS[module._cell].states]
         shapes = [(L, B, width) for width in widths]
-        self._given_shapes = [(*lead, width) for width in widths]
-        # The method of a layer takes them so; that of a cell, without the dimensions it has not.
-        is_layer = isinstance(module, Layers)
-        self._method, self._lent_shapes = (
-            ("_run", shapes) if is_layer else ("_step", self._given_shapes)
-        )
+        self._given_shapes: list[tuple[int, ...]] = [(*lead, width) for width in widths]
+        # A cell's method takes states as its caller gives them, a layer's with all dimensions.
+        self._method, self._lent_shapes = "_step", self._given_shapes
+        if isinstance(module, Layers):
+            self._method, self._lent_shapes = "_run", [*shapes]
         self._step_shape = (*step, module.input_size)
         zeros = tuple(torch.zeros(shape, device="cpu") for shape in shapes)
         self.first = zeros if hx is None else self._parsed(hx, shapes)
