@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _torch, ops
 from .backends import (
     BACKENDS,
     Backend,
@@ -97,7 +97,7 @@ def run_backward(
 ) -> list[Tensor]:
     """A backend's backward pass, through the operator if anyone watches: the needed gradients."""
     if not is_watched() and all_plain((*_tensors(inputs), *grads, y, *saved)):
-        with torch._C._DisableAutocast():
+        with _torch.DisableAutocast():
             found = backend.backward(problem, inputs, y, saved, grads, needs, samples)
         return [d for d in found if d is not None]
     needed: list[Tensor] = torch.ops.fastrnn.backward.default(
@@ -110,8 +110,8 @@ def run_backward(
 def is_batched(grad: Tensor | None) -> bool:
     if grad is None:
         return False
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(grad)
-    return wrapped or torch._C._functorch.is_legacy_batchedtensor(grad)
+    wrapped: bool = _torch.is_wrapped(grad)
+    return wrapped or _torch.is_legacy_batched(grad)
 
 
 def plain_backward(
@@ -154,7 +154,7 @@ class Route(NamedTuple):
         through."""
         if self.plain or self.backend.differentiable:
             return False
-        return torch._C._are_functorch_transforms_active()
+        return _torch.transforms_active()
 
     def forward(self, inputs: Inputs, save: bool) -> Outputs:
         """The backend's forward pass, through the operator if anyone watches."""
@@ -177,7 +177,7 @@ class Route(NamedTuple):
         if (
             plain
             and not torch.is_grad_enabled()
-            and not torch._C._is_any_autocast_enabled()
+            and not _torch.autocast_active()
             and not is_watched()
             and all_plain(grads)
         ):
@@ -198,7 +198,7 @@ def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, T
     problem, backend, plain, _ = route
     if backend.differentiable:
         return backend.forward(problem, inputs, False)[:4]
-    if not problem.grad or (not plain and torch.compiler.is_exporting()):
+    if not problem.grad or (not plain and _torch.is_exporting()):
         # In exported programs the operator stands alone, with its own gradients (_operator): strict
         # export would put Scan.forward there, under the no_grad that a Function's forward runs in.
         return route.forward(inputs, False)[:4]
@@ -221,7 +221,7 @@ def wants_gradients(inputs: Inputs) -> bool:
 
 def _recomputing(backend: Backend, every: int, problem: Problem) -> Backend:
     """The backend with less memory, except under transforms that only plain torch serves."""
-    if backend.differentiable and torch._C._are_functorch_transforms_active():
+    if backend.differentiable and _torch.transforms_active():
         return backend
     recompute = Recompute(backend, every)
     return backend if refusal(recompute, problem) else recompute
@@ -256,7 +256,7 @@ def _operator(
         if not is_watched() and all_plain(tensors):
             # As compiled code calls it: the dispatcher need not come again.
             return ops.forward(cell, backend, *inputs, reverse, batch, save, all_states)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _torch.BelowAutograd():
             found: list[Tensor] = torch.ops.fastrnn.forward.default(
                 cell, backend, *inputs, reverse, batch, save, all_states
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
-from . import transforms
+from . import _torch, transforms
 from .autograd import Route, scan, wants_gradients
 from .backends import Inputs, Problem, Weights, asked, check_batch_sizes, check_lengths
 from .cells import CELLS, Cell, States
@@ -171,7 +171,7 @@ def layer(
         RuntimeError: shapes, dtypes or devices do not fit together, or the sequence is empty.
         ValueError: a length is below 0 or above T.
     """
-    if torch._C._is_any_autocast_enabled() and is_autocast(x.device):
+    if _torch.autocast_active() and is_autocast(x.device):
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.get_autocast_dtype(x.device.type)
             states = None if states is None else tuple(cast(s, dtype) for s in states)
@@ -193,7 +193,7 @@ def layer(
     options = tuple(reverse), all_states, recompute
     peeled = None
     # Of reset_states without a reset its signature would not tell.
-    if torch._C._are_functorch_transforms_active() and (reset_states is None or reset is not None):
+    if _torch.transforms_active() and (reset_states is None or reset is not None):
         peeled = transforms.peel(inputs)
     route, fold = _route(cell, inputs, peeled, batch, given, options, check)
     if peeled is not None and fold is not None:
@@ -256,7 +256,7 @@ def _checked_problem(
     grad: bool,
 ) -> Problem:
     """The problem that these inputs pose; it raises if they do not fit. See :func:`_route`."""
-    if inputs.unbatched() and torch._C._are_functorch_transforms_active():
+    if inputs.unbatched() and _torch.transforms_active():
         inputs = inputs.with_batch()
     x, batch_sizes, _, _, _, weights = inputs
     (states, reset_states), (reverse, all_states, _) = given, options
@@ -308,7 +308,7 @@ def _check_input(x: Tensor, batch_sizes: Tensor | None) -> int:
     if batch_sizes is None:
         return x.shape[1]
     if not torch.compiler.is_compiling():
-        if torch._C._get_tracing_state() is not None:
+        if _torch.tracing_state() is not None:
             raise RuntimeError(
                 "torch.jit.trace would record the batch sizes of this packed sequence as constants "
                 "and give wrong results for others: call the layer with lengths= on the padded "
@@ -405,8 +405,8 @@ def _has_values(tensor: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(tensor) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and _torch.dispatch_modes() == 0
+        and not _torch.is_wrapped(tensor)
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _torch
 from .backends import (
     Backend,
     Grads,
@@ -163,7 +164,7 @@ def backward(
     inputs = Inputs(x, batch_sizes, lengths, reset, _read(states), _read(weights))
     problem = describe(cell, inputs, reverse, batch, False, True)
     run = _kernels(backend).backward
-    with torch._C._DisableAutocast():  # which forward() may not have been called under
+    with _torch.DisableAutocast():  # which forward() may not have been called under
         found = run(problem, inputs, y, saved, Grads(*_read(grads)), needs, samples)
     return [d for d in found if d is not None]
 

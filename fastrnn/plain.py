@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
+
+from . import _torch
 
 try:
     from . import _C
@@ -23,7 +24,7 @@ def signature(tensors: tuple[Tensor | None, ...]) -> bytes | None:
     None unless all are plain, where anybody wants to see how they are used or saved, and without
     the extension or a torch that lets it look into tensors (2.10).
     """
-    if is_followed() or torch._C._are_functorch_transforms_active():
+    if is_followed() or _torch.transforms_active():
         return None
     return signature_below(tensors)
 
@@ -31,24 +32,22 @@ def signature(tensors: tuple[Tensor | None, ...]) -> bytes | None:
 def signature_below(tensors: tuple[Tensor | None, ...]) -> bytes | None:
     """The same where nobody follows what is computed, of tensors without what torch.func's
     transforms have wrapped them in."""
-    if _C is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if _C is None or _torch.saves_elsewhere():
         return None
     return _C.signature(tensors)
 
 
 def is_followed() -> bool:
     """Whether anybody watches, records, or differentiates forward."""
-    return (
-        is_watched() or torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0
-    )
+    return is_watched() or _torch.tracing_state() is not None or _torch.is_forward_differentiated()
 
 
 def is_watched() -> bool:
     """Whether torch compiles, or anybody watches the dispatcher: no kernel may read memory then."""
     return bool(
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or (torch._C._len_torch_function_stack() and not _has_only_default_device())
+        or _torch.dispatch_modes()
+        or (_torch.function_modes() and not _has_only_default_device())
     )
 
 
@@ -56,8 +55,8 @@ def _has_only_default_device() -> bool:
     """Whether every mode that sees torch's functions is a default device (``torch.device`` as a
     context, ``torch.set_default_device``). That changes where a factory function without a device
     puts its tensor, and nothing else."""
-    modes = range(torch._C._len_torch_function_stack())
-    return all(type(torch._C._get_function_stack_at(k)) is DeviceContext for k in modes)
+    modes = range(_torch.function_modes())
+    return all(type(_torch.function_mode_at(k)) is DeviceContext for k in modes)
 
 
 def slows_down(tensors: Iterable[object]) -> bool:
@@ -65,10 +64,10 @@ def slows_down(tensors: Iterable[object]) -> bool:
     torch's own classes or None.
 
     It costs 1 to 6 microseconds in every function of torch. Code that names the device of what it
-    allocates, and runs nothing of the user's, gains by ``torch._C.DisableTorchFunction`` then."""
+    allocates, and runs nothing of the user's, gains by ``DisableTorchFunction`` then."""
     return (
         not torch.compiler.is_compiling()
-        and torch._C._len_torch_function_stack() > 0
+        and _torch.function_modes() > 0
         and _has_only_default_device()
         and all(t is None or type(t) in _CLASSES for t in tensors)
     )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional, ops
+from . import _torch, functional, ops
 from .autograd import plain_backward
 from .backends import Grads, Problem, StepInputs, TakesSteps, Weights, asked, choose
 from .cells import States
@@ -146,7 +146,7 @@ class CellStep(torch.autograd.Function):
         weights, saved = others[: len(needs) - 3], others[len(needs) - 3 :]
         inputs = StepInputs(x, h0, c0, weights)
         problem, backend = ctx.bound
-        with torch._C._DisableAutocast():  # which forward() may not have been called under
+        with _torch.DisableAutocast():  # which forward() may not have been called under
             if torch.is_grad_enabled() or is_watched() or not all_plain((dh, dc)):
                 return None, *_plain_gradients(problem, inputs, dh, dc, needs)
             return None, *backend.step_backward(problem, inputs, saved, (dh, dc), needs)

@@ -10,10 +10,8 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import CVmapInterpreterPtr, TransformType, get_interpreter_stack
-from torch.autograd import forward_ad
 
-from .. import record
+from .. import _torch, record
 from .aten import ATEN
 from .base import (
     Backend,
@@ -126,9 +124,9 @@ def refusal(candidate: Backend, problem: Problem) -> str | None:
         reason = transforms_refusal()
         if reason is not None:
             return reason
-        if forward_ad._current_level >= 0:
+        if _torch.is_forward_differentiated():
             return "forward-mode differentiation is active, and the kernels have none"
-        if torch._C._get_tracing_state() is not None:
+        if _torch.tracing_state() is not None:
             return "torch.jit.trace is recording, and cannot record the kernels"
     reason = candidate.supports(problem)
     return _objection(candidate, problem) if reason is None else reason
@@ -153,15 +151,15 @@ def _objection(candidate: Backend, problem: Problem) -> str | None:
 def transforms_refusal() -> str | None:
     """Why the kernels, which :mod:`fastrnn.transforms` runs, do not serve what of torch.func is
     active; None if they do."""
-    if not torch._C._are_functorch_transforms_active():
+    if not _torch.transforms_active():
         return None
     if torch.compiler.is_compiling():
         return "a torch.func transform is being compiled, which needs plain torch operations"
-    for level in get_interpreter_stack() or ():
+    for level in _torch.interpreters() or ():
         kind = level.key()
-        if kind == TransformType.Functionalize:
+        if kind == _torch.TransformType.Functionalize:
             return "torch.func.functionalize is active, which needs plain torch operations"
-        if kind == TransformType.Vmap and CVmapInterpreterPtr(level).batchSize() == 0:
+        if kind == _torch.TransformType.Vmap and _torch.CVmapInterpreterPtr(level).batchSize() == 0:
             return "a vmap over nothing leaves the kernels nothing to do"
     return None
 

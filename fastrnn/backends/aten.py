@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey
 
+from .. import _torch
 from ..cells import Cell
 from .base import Grads, Inputs, Outputs, Problem, SavedShape, Weights, unpacked
 from .segments import packed
@@ -154,7 +154,7 @@ def _recording() -> Iterator[None]:
     its way."""
     with (
         torch.enable_grad(),
-        torch._C._SetExcludeDispatchKeyGuard(DispatchKey.AutogradFunctionality, False),
+        _torch.set_excluded_key(_torch.DispatchKey.AutogradFunctionality, False),
     ):
         yield
 

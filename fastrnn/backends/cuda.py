@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import missing
+from .. import _torch, missing
 from .base import (
     UNVALIDATED,
     Grads,
@@ -45,7 +45,7 @@ _POLL_LIMIT = 1 << 24
 
 def _allows_tf32() -> bool:
     """Whether torch would let cuDNN's recurrent layers use TF32."""
-    return bool(torch.backends.cudnn.rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    return _torch.allows_tf32(torch.backends.cudnn.rnn)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._guards import CompileContext
+
+from .. import _torch
 
 # What `layer.__class__` answers for the type of a layer, and back: filled by `stand_ins`.
 ANSWERS: dict[type, type] = {}
@@ -26,7 +27,7 @@ class AnswersAsTorch(nn.Module):
 
     def _answered_class(self) -> type:
         own = type(self)
-        if CompileContext.try_get() is None or _is_asked_for_traced_code():
+        if _torch.CompileContext.try_get() is None or _is_asked_for_traced_code():
             return ANSWERS.get(own, own)
         return own
 

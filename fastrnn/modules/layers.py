@@ -11,7 +11,7 @@ from torch.nn import RNNBase
 from torch.nn.functional import dropout as _dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import functional
+from .. import _torch, functional
 from ..backends import Weights
 from ..cells import States
 from .identity import AnswersAsTorch
@@ -131,7 +131,7 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
         self, x: Tensor, states: States | None, reset: Tensor | None, resets: States | None
     ) -> Any:
         alone = states is None and reset is None and resets is None
-        if alone and torch._C._are_functorch_transforms_active():
+        if alone and _torch.transforms_active():
             return self._results(*self._run(x, None))  # a vmap's members may be the batch
         y, ends, c, layers = self._run(
             x.unsqueeze(1),
@@ -248,7 +248,7 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
     ) -> None:
         weight = weights[0]
         assert weight is not None
-        if x.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+        if x.dtype != weight.dtype and not _torch.autocast_active():
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase
 
-from .. import functional
+from .. import _torch, functional
 from ..cells import CELLS, States
 from ..plain import slows_down
 from ..step import step, without_lead
@@ -32,12 +32,12 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
     def _step(self, input: Tensor, hx: States | None) -> States:
         weights = self._weights()
         if slows_down((input, *(hx or ()), *weights)):
-            with torch._C.DisableTorchFunction():
+            with _torch.DisableTorchFunction():
                 return self._run(input, hx, weights)
         return self._run(input, hx, weights)
 
     def _run(self, input: Tensor, hx: States | None, weights: list[Any]) -> States:
-        if torch._C._is_any_autocast_enabled() and functional.is_autocast(input.device):
+        if _torch.autocast_active() and functional.is_autocast(input.device):
             return self._run_without_autocast(input, hx, weights)
         sizes = self.input_size, self.hidden_size
         if input.dim() == 2:

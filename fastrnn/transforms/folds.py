@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
 
-from .. import autograd
+from .. import _torch, autograd
 from ..autograd import Route
 from ..backends import Inputs
 from ..plain import is_followed, signature_below
@@ -44,13 +43,13 @@ def peel(inputs: Inputs) -> Peeled | None:
         return None
     tensors: Sequence[Tensor | None] = as_tensors(inputs)
     levels: list[tuple[int, Dims | None]] = []
-    for level in reversed(get_interpreter_stack() or ()):
+    for level in reversed(_torch.interpreters() or ()):
         kind, number, dims = level.key(), level.level(), None
-        if kind == TransformType.Vmap:
+        if kind == _torch.TransformType.Vmap:
             tensors, dims = unwrap_members(tensors, number)
             if not any(d is not None for d in dims):
                 return None
-        elif kind == TransformType.Grad:
+        elif kind == _torch.TransformType.Grad:
             tensors = unwrap_tracked(tensors, number)
         else:
             return None
@@ -81,7 +80,7 @@ def fold(route: Route, inputs: Inputs, peeled: Peeled) -> Fold | None:
         return None
     if inner and (inner[0][1] is not None or not problem.grad or peeled.tracked):
         return None
-    vmap = (get_interpreter_stack() or [])[0]
+    vmap = (_torch.interpreters() or [])[0]
     members = members_on(backend, vmap, problem, dims, inputs.unbatched())
     if members is None:
         return None

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import ops
+from .. import _torch, ops
 from ..autograd import run_backward, run_forward
 from ..backends import REFERENCE, Grads, Inputs, Outputs, Problem
 from .members import Call, Dims, Members, as_inputs, unflatten
@@ -50,7 +49,7 @@ class Forward(torch.autograd.Function):
         call = replace(ctx.call, needs=(needed[1], *needed[5:]))
         tensors = ctx.saved_tensors
         inputs, kept = tensors[: call.inputs], tensors[call.inputs :]
-        if forward_ad._current_level >= 0:
+        if _torch.is_forward_differentiated():
             found = plain_gradients(call, as_inputs(inputs), Grads(*outer))
         else:
             found = Backward.apply(call, *inputs, *outer, *kept)  # type: ignore[no-untyped-call]
@@ -287,7 +286,7 @@ def plain_gradients(call: Call, inputs: Inputs, grads: Grads) -> tuple[Tensor, .
         found = REFERENCE.forward(call.problem, ours, False)
         return tuple(found[k] for k in used)  # type: ignore[misc]
 
-    with torch._C._DisableAutocast():
+    with _torch.DisableAutocast():
         _, pull = torch.func.vjp(outputs, *(tensors[k] for k in places))  # type: ignore[misc]
         found: tuple[Tensor, ...] = pull(tuple(grads[k] for k in used))
     return found

@@ -12,16 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    CInterpreter,
-    CVmapInterpreterPtr,
-    TransformType,
-    get_interpreter_stack,
-)
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
-from .. import autograd, ops
+from .. import _torch, autograd, ops
 from ..autograd import Route, wants_gradients
 from ..backends import Backend, Grads, Inputs, Outputs, Problem
 from .functions import Backward, Forward, plain_gradients
@@ -48,9 +40,9 @@ def scan(
     level, found = innermost(), None
     if level is not None:
         kind = level.key()
-        if kind == TransformType.Vmap:
+        if kind == _torch.TransformType.Vmap:
             found = _scan_members(backend, problem, inputs, level)
-        elif kind == TransformType.Grad:
+        elif kind == _torch.TransformType.Grad:
             found = _scan_differentiated(backend, problem, inputs, level.level())
     if found is not None:
         return found
@@ -73,7 +65,7 @@ def scan(
 
 
 def _scan_members(
-    backend: Backend, problem: Problem, inputs: Inputs, level: CInterpreter
+    backend: Backend, problem: Problem, inputs: Inputs, level: _torch.CInterpreter
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
     """One call for all members of the innermost transform, a vmap; None where it cannot serve them.
 
@@ -107,14 +99,14 @@ def run_members(
 
 def members_on(
     backend: Backend,
-    level: CInterpreter,
+    level: _torch.CInterpreter,
     problem: Problem,
     dims: Dims,
     unbatched: bool,
 ) -> Members | None:
     """The members of a vmap as a call that the backend serves, if there is one. Stacked weights no
     transform of torch's shall see: no other may be around the vmap."""
-    members = Members.of(CVmapInterpreterPtr(level).batchSize(), problem, dims, unbatched)
+    members = Members.of(_torch.CVmapInterpreterPtr(level).batchSize(), problem, dims, unbatched)
     if members is None:
         return None
     if members.groups and level.level() == _OUTERMOST:
@@ -128,7 +120,7 @@ _Pull = Callable[[Call, Grads], Sequence[Tensor]]  # a backward pass, of the cal
 _Run = tuple[Sequence[Tensor | None], _Pull]  # y, h_n, c_n and c, and their backward pass
 
 
-class _Differentiated(_SingleLevelFunction):
+class _Differentiated(_torch.SingleLevelFunction):
     """A layer under the one transform that differentiates it, with vmaps around that.
 
     It does what :class:`Forward` does there, without its cost: of a Function torch makes a new
@@ -153,7 +145,7 @@ class _Differentiated(_SingleLevelFunction):
         if is_inside(ctx.level, tensors):
             with OneLevel():
                 found = _Pulled.apply((call, ctx.level, ctx.pull), *tensors, *grads)  # type: ignore[attr-defined]
-        elif forward_ad._current_level >= 0:
+        elif _torch.is_forward_differentiated():
             found = plain_gradients(call, as_inputs(tensors), Grads(*grads))
         else:  # the transform is over, or others are active inside of it: they need it all anew
             found = _anew(call, tensors, grads)
@@ -174,7 +166,7 @@ def _anew(call: Call, tensors: Sequence[Any], grads: Sequence[Any]) -> Sequence[
     return gradients
 
 
-class _Pulled(_SingleLevelFunction):
+class _Pulled(_torch.SingleLevelFunction):
     """Its backward pass, which has derivatives as :class:`Backward` has."""
 
     @staticmethod
@@ -194,10 +186,10 @@ def _scan_differentiated(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
     """The call under the innermost transform, which differentiates it; None where another one, or
     autograd outside of all, does so too, or where the vmaps around it do not fold into one call."""
-    if forward_ad._current_level >= 0 or not torch.is_grad_enabled():
+    if _torch.is_forward_differentiated() or not torch.is_grad_enabled():
         return None
-    outer = (get_interpreter_stack() or [])[:-1]
-    if any(level.key() != TransformType.Vmap for level in outer):
+    outer = (_torch.interpreters() or [])[:-1]
+    if any(level.key() != _torch.TransformType.Vmap for level in outer):
         return None
     given = unwrap_tracked(as_tensors(inputs), number)
     if not problem.grad or any(t is not None and is_tracked(t) for t in given):

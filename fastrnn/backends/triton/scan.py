@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ... import _torch
 from ..base import Grads, Inputs, Outputs, Problem, bias_gradients, unpacked
 from . import handoff, kernels, plan
 from .cells import TWINS
@@ -31,7 +32,7 @@ def limits(device: torch.device) -> plan.Limits:
 
 
 def _allows_tf32() -> bool:
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    return _torch.allows_tf32(torch.backends.cuda.matmul)
 
 
 def _device(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -1,0 +1,96 @@
+"""All that fastrnn uses of torch's private parts, each with its reason, and what stands in where a
+version lacks it.
+
+None of these is documented, so a new version of torch may drop one: this is where to look first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import _C
+from torch._C import _functorch
+
+# Which CompileContext is open: whether Dynamo traces, asked by code that Dynamo would not inline.
+from torch._guards import CompileContext as CompileContext
+from torch.autograd import forward_ad
+
+# A Function for one level of torch.func's nesting, as functorch itself makes of every Function.
+from torch.autograd.function import _SingleLevelFunction
+
+# Whether anybody has to see a call: kernels read memory, and modes, tracers and transforms do not
+# see that. The documented functions answer for one kind of watcher, or import Dynamo to answer.
+transforms_active = _C._are_functorch_transforms_active
+tracing_state = _C._get_tracing_state
+dispatch_modes = _C._len_torch_dispatch_stack
+function_modes = _C._len_torch_function_stack
+function_mode_at = _C._get_function_stack_at
+
+# Autocast of any device in one call, where torch.is_autocast_enabled asks about one.
+autocast_active = _C._is_any_autocast_enabled
+# torch.autocast(enabled=False) for all devices, and without its ten microseconds.
+DisableAutocast = _C._DisableAutocast
+# Torch's functions as if no mode watched them: see fastrnn.plain.slows_down.
+DisableTorchFunction = _C.DisableTorchFunction
+
+# In an operator's own Autograd kernel: calling it again without arriving there again.
+BelowAutograd = _C._AutoDispatchBelowAutograd
+# In an operator's kernel, which runs with autograd out of its way: recording all the same.
+set_excluded_key = _C._SetExcludeDispatchKeyGuard
+DispatchKey = _C.DispatchKey
+
+# torch.func's nesting as it is now, and what it wraps tensors in. Its documented part transforms
+# functions; a kernel needs to know which levels there are, and what lies below them.
+CInterpreter = _functorch.CInterpreter
+CVmapInterpreterPtr = _functorch.CVmapInterpreterPtr
+TransformType = _functorch.TransformType
+interpreters = _functorch.get_interpreter_stack
+peek_interpreter = _functorch.peek_interpreter_stack
+push_interpreter = _functorch.push_dynamic_layer_stack
+pop_interpreter = _functorch.pop_dynamic_layer_stack
+single_level_allowed = _functorch.get_single_level_autograd_function_allowed
+allow_single_level = _functorch.set_single_level_autograd_function_allowed
+SingleLevelFunction = _SingleLevelFunction
+is_wrapped = _functorch.is_functorch_wrapped_tensor
+is_legacy_batched = _functorch.is_legacy_batchedtensor
+level_of = _functorch.maybe_get_level
+unwrapped = _functorch.get_unwrapped
+unwrap_batched = _functorch._unwrap_batched
+wrap_batched = _functorch._add_batch_dim
+unwrap_tracked = _functorch._unwrap_for_grad
+wrap_tracked = _functorch._wrap_for_grad
+
+
+def is_forward_differentiated() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return forward_ad._current_level >= 0
+
+
+def saves_elsewhere() -> bool:
+    """Whether hooks see what autograd saves (``torch.autograd.graph.saved_tensors_hooks``).
+    Torch 2.6 does not tell, and they are assumed: every call goes the longer way there."""
+    return _top_hooks is None or _top_hooks(True) is not None
+
+
+_top_hooks: Any = getattr(_C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting``, which came with torch 2.7: before, what it asks had no
+    function."""
+    if _asks_for_export is not None:
+        return bool(_asks_for_export())
+    return bool(torch.compiler._is_compiling_flag)
+
+
+_asks_for_export: Any = getattr(torch.compiler, "is_exporting", None)
+
+
+def allows_tf32(settings: Any) -> bool:
+    """Whether ``torch.backends.cuda.matmul`` or ``torch.backends.cudnn.rnn`` let float32 products
+    use TF32. Before torch 2.9 there were only flags, cuDNN's for all that it does."""
+    if hasattr(settings, "fp32_precision"):
+        return bool(settings.fp32_precision == "tf32")
+    flags = settings if hasattr(settings, "allow_tf32") else torch.backends.cudnn
+    return bool(flags.allow_tf32)
