@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fastrnn
 from fastrnn import functional
 from fastrnn.cells import CELLS, States
+from fastrnn.cores import usable_cores
 
 pytest.importorskip("fastrnn._C")
 
@@ -148,7 +149,8 @@ def started(layer, *shape):
 print(*(started(kind(16, 16), 5, 2, 16) for kind in (fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN)))
 print(started(fastrnn.LSTM(64, 128), 20, 16, 64))
 """
-    assert run_python(code).stdout.split() == ["0", "0", "0", "1"]
+    woken = min(2, usable_cores()) - 1
+    assert run_python(code).stdout.split() == ["0", "0", "0", str(woken)]
 
 
 def test_busy_cores_do_not_hang_it() -> None:
