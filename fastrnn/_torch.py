@@ -31,7 +31,7 @@ function_mode_at = _C._get_function_stack_at
 autocast_active = _C._is_any_autocast_enabled
 # torch.autocast(enabled=False) for all devices, and without its ten microseconds.
 DisableAutocast = _C._DisableAutocast
-# Torch's functions as if no mode watched them: see fastrnn.plain.slows_down.
+# Torch's functions as if no mode watched them: see fastrnn.plain.is_slowed_down.
 DisableTorchFunction = _C.DisableTorchFunction
 
 # In an operator's own Autograd kernel: calling it again without arriving there again.
@@ -65,6 +65,12 @@ wrap_tracked = _functorch._wrap_for_grad
 def is_forward_differentiated() -> bool:
     """Whether a level of forward-mode differentiation is open."""
     return forward_ad._current_level >= 0
+
+
+def records_above_autograd() -> bool:
+    """Whether make_fx or export records what comes before autograd: by a mode in a stack of its
+    own, which this key tells of, and `dispatch_modes` does not."""
+    return bool(_C._dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch))
 
 
 def saves_elsewhere() -> bool:

@@ -47,6 +47,8 @@ class Scan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         inputs = Inputs(x, batch_sizes, lengths, reset, (h0, c0, h_reset, c_reset), weights)
         y, h_n, c_n, c, saved = route.forward(inputs, True)
+        if route.kept is not None:
+            route.kept.extend(saved)
         ctx.set_materialize_grads(False)
         ctx.route = route
         ctx.save_for_backward(
@@ -134,6 +136,9 @@ class Route(NamedTuple):
     plain: bool = False  # for plain tensors, which nobody watches
     # On a GPU backends look at more: torch's settings of precision, the state of the device.
     settled: bool = False  # nothing but the problem decides who serves it
+    kept: list[Tensor] | None = (
+        None  # where to put what the backward pass reads, for others to read
+    )
 
     @classmethod
     def find(cls, problem: Problem, recompute: int, plain: bool) -> Route:
@@ -158,7 +163,7 @@ class Route(NamedTuple):
 
     def forward(self, inputs: Inputs, save: bool) -> Outputs:
         """The backend's forward pass, through the operator if anyone watches."""
-        problem, backend, plain, _ = self
+        problem, backend, plain, *_ = self
         if plain:
             return backend.forward(problem, inputs, save)
         return run_forward(backend, problem, inputs, save)
@@ -173,7 +178,7 @@ class Route(NamedTuple):
         samples: int = 1,
     ) -> Sequence[Tensor | None]:
         """Its backward pass: see :class:`fastrnn.backends.Backend`."""
-        problem, backend, plain, _ = self
+        problem, backend, plain, *_ = self
         if (
             plain
             and not torch.is_grad_enabled()
@@ -195,7 +200,7 @@ class Route(NamedTuple):
 def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer, whose inputs have been checked, by a route that no transform is to be peeled
     off for: y, h_n, c_n and c."""
-    problem, backend, plain, _ = route
+    problem, backend, plain, *_ = route
     if backend.differentiable:
         return backend.forward(problem, inputs, False)[:4]
     if not problem.grad or (not plain and _torch.is_exporting()):
@@ -248,7 +253,7 @@ def _operator(
 ) -> list[Tensor]:
     """The operator under autograd: in exported programs it stands alone, and Scan not around it.
 
-    What it saves is Scan's then; nobody else reads it."""
+    A traced training step has a backward operator of its own, which reads what this one saves."""
     tensors = (x, batch_sizes, lengths, reset, *states, *weights)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     inputs = Inputs(x, batch_sizes, lengths, reset, states, weights)
@@ -262,10 +267,10 @@ def _operator(
             )
         return found
     problem = ops.describe(cell, inputs, reverse, batch, all_states, grad)
-    route = Route(problem, by_name(backend))
+    kept: list[Tensor] = []
+    route = Route(problem, by_name(backend), kept=kept if save else None)
     y, h_n, c_n, c = Scan.apply(route, *tensors)  # type: ignore[no-untyped-call]
-    shapes = by_name(backend).saved_shapes(problem, 0) if save else []
-    return ops.flat(Outputs(y, h_n, c_n, c, [x.new_empty(0) for _ in shapes]))
+    return ops.flat(Outputs(y, h_n, c_n, c, kept))
 
 
 ops.LIBRARY.impl("forward", _operator, "Autograd")

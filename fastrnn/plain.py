@@ -16,6 +16,7 @@ except ImportError:
     _C = None  # type: ignore[assignment]
 
 _CLASSES = (Tensor, torch.nn.Parameter)
+_CLASSES_AND_NONE = frozenset((*_CLASSES, type(None)))
 
 
 def signature(tensors: tuple[Tensor | None, ...]) -> bytes | None:
@@ -47,29 +48,30 @@ def is_watched() -> bool:
     return bool(
         torch.compiler.is_compiling()
         or _torch.dispatch_modes()
+        or _torch.records_above_autograd()
         or (_torch.function_modes() and not _has_only_default_device())
     )
 
 
 def _has_only_default_device() -> bool:
-    """Whether every mode that sees torch's functions is a default device (``torch.device`` as a
-    context, ``torch.set_default_device``). That changes where a factory function without a device
-    puts its tensor, and nothing else."""
-    modes = range(_torch.function_modes())
-    return all(type(_torch.function_mode_at(k)) is DeviceContext for k in modes)
+    """Whether the one mode that sees torch's functions is a default device (``torch.device`` as a
+    context, ``torch.set_default_device``), of which there is never more than one. It changes where
+    a factory function without a device puts its tensor, and nothing else."""
+    alone: bool = _torch.function_modes() == 1
+    return alone and type(_torch.function_mode_at(0)) is DeviceContext
 
 
-def slows_down(tensors: Iterable[object]) -> bool:
+def is_slowed_down(tensors: Iterable[object]) -> bool:
     """Whether a default device, and nobody else, sees what is done with these tensors, all of
     torch's own classes or None.
 
     It costs 1 to 6 microseconds in every function of torch. Code that names the device of what it
-    allocates, and runs nothing of the user's, gains by ``DisableTorchFunction`` then."""
+    allocates, and runs nothing of the user's, is spared them by ``DisableTorchFunction``.
+    """
     return (
         not torch.compiler.is_compiling()
-        and _torch.function_modes() > 0
         and _has_only_default_device()
-        and all(t is None or type(t) in _CLASSES for t in tensors)
+        and _CLASSES_AND_NONE.issuperset(map(type, tensors))
     )
 
 
