@@ -234,7 +234,7 @@ def _route(
     )  # fmt: skip
     known = None if read is None else _checked.get(key)
     if known is None:
-        problem = _checked_problem(kind, inputs, batch, given, options, check, grad)
+        problem = checked_problem(kind, inputs, batch, given, options, check, grad)
     elif known[0].settled:
         return known
     else:
@@ -246,7 +246,7 @@ def _route(
     return way
 
 
-def _checked_problem(
+def checked_problem(
     cell: Cell,
     inputs: Inputs,
     batch: int | None,
@@ -328,10 +328,10 @@ def _check_weights(cell: Cell, x: Tensor, weights: Weights, groups: int) -> tupl
     if each == 5 and cell.states == 1:
         raise RuntimeError(f"{cell.name} has no projection: its only state would change its size")
     w_ih, w_hr, columns = weights[0], weights[4] if each == 5 else None, x.shape[-1]
-    rows, width = w_ih.shape if w_ih is not None and w_ih.dim() == 2 else (0, 0)
+    rows, width = w_ih.shape if w_ih is not None and w_ih.dim() == 2 else (-1, 0)
     H = rows // cell.gates
     out = w_hr.shape[0] if w_hr is not None and w_hr.dim() else H
-    if H == 0 or out == 0 or rows % cell.gates:
+    if rows < 0 or rows % cell.gates or (w_hr is not None and out == 0):
         shapes = [None if w is None else tuple(w.shape) for w in weights]
         raise RuntimeError(f"weights of shapes {shapes} do not make a {cell.name} layer")
     read = width if groups > 1 and columns == groups * width else columns

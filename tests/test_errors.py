@@ -277,7 +277,7 @@ def test_lstm_refuses_one_tensor_for_two_states(layers: int) -> None:
         (0, lambda w: w[:, :-1], "Expected weight_ih size"),
         (0, lambda w: w[:-1], "Expected weight|do not make a"),
         (0, lambda w: w[0], "Expected weight|do not make a"),
-        (0, lambda w: w[:0], "do not make a"),
+        (0, lambda w: w[:0], "Expected weight_hh size"),
         (0, lambda w: None, "do not make a"),
         (1, lambda w: w[:, :-1], "Expected weight_hh size"),
         (1, lambda w: w.flatten(), "Expected weight_hh size"),

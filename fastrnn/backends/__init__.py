@@ -121,6 +121,8 @@ asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def refusal(candidate: Backend, problem: Problem) -> str | None:
     """None if `candidate` serves the problem here and now, or its reason."""
     if not candidate.differentiable:
+        if problem.B == 0 or problem.I == 0 or problem.H == 0:
+            return "a batch, an input or a state of size 0 leaves the kernels nothing to do"
         reason = transforms_refusal()
         if reason is not None:
             return reason

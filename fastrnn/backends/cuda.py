@@ -177,8 +177,6 @@ class Cuda:
             return "proj_size is not supported by the kernels"
         if problem.stacked:
             return "the kernels take the weights of each group apart"
-        if problem.B == 0:
-            return "an empty batch leaves the kernels nothing to do"
         # What is compiled serves other T and B too, which have a plan where a small one has.
         steps = (1, 1) if torch.compiler.is_compiling() else (problem.T, problem.B)
         sizes = (*steps, problem.H, problem.G)

@@ -40,8 +40,6 @@ class _Triton:
             return f"at most {_MIXED} groups may differ in direction, not {problem.G}"
         if problem.stacked:
             return "the kernels take the weights of each group apart"
-        if problem.B == 0:
-            return "an empty batch leaves the kernels nothing to do"
         cells = _cells()
         if isinstance(cells, str):
             return cells
