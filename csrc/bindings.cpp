@@ -57,7 +57,8 @@ struct Direction<BackwardArgs> {
 template <class Args>
 int64_t workspace_bytes(const Call& call, const Plan (&plans)[2], const Args& args) {
   const auto bytes = call.kernels.*Direction<Args>::bytes;
-  return std::max(bytes(args, plans[0]), bytes(args, plans[1]));
+  const int64_t best = bytes(args, plans[0]);
+  return plans[0].threads == 1 ? best : std::max(best, bytes(args, plans[1]));
 }
 
 int64_t accumulate_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }
@@ -93,8 +94,9 @@ Plan make_plan(const Call& call, const Args& args) {
 template <class Args>
 int64_t run(const Call& call, Args args, const Tensor& workspace) {
   using D = Direction<Args>;
-  const Plan alone = D::make_plan(call.table, call.cell, call.dtype, {1, false}, args);
-  const Plan plans[] = {make_plan(call, args), alone};
+  const Plan best = make_plan(call, args);
+  const Plan alone = best.threads == 1 ? best : D::make_plan(call.table, call.cell, call.dtype, {1, false}, args);
+  const Plan plans[] = {best, alone};
   const int64_t needed = workspace_bytes(call, plans, args);
   if (workspace.numel() < needed) return needed;
   args.workspace = workspace.data();

@@ -96,6 +96,7 @@ class Layer {
         batch_sizes_(batch_sizes.contiguous()),
         h0_(h0.contiguous()),
         c0_(c0.contiguous()) {
+    weights_.reserve(weights.size());
     for (const Tensor& w : weights) weights_.push_back(w.contiguous());
     const WeightList list(weights_, reverse.size());
     take_sizes(x, batch, reverse.size(), list.each());
@@ -216,6 +217,7 @@ class Backward {
            const Tensors& weights, int64_t samples, const Tensor& sample_of_row)
       : args_{layer.args()}, y_(y.contiguous()), sample_of_row_(sample_of_row.contiguous()) {
     require(grads.size() == 4 && states.size() == 3, "there are four outputs, and three inputs beside the weights");
+    grads_.reserve(grads.size());
     for (const Tensor& grad : grads) grads_.push_back(grad.contiguous());
     const Saved each(layer, saved);
     args_.y = y_.data();

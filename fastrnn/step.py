@@ -1,8 +1,8 @@
 """A cell's step, by the shortest path from its tensors to a kernel; where there is none, as a layer
 of one timestep.
 
-A small step takes less time than what surrounds a layer: looking at its arguments, dimensions for
-time and groups, states that are outputs too.
+A small step takes less time than what surrounds a layer: looking at its options, dimensions for
+time and groups, outputs that are states too.
 """
 
 from __future__ import annotations
@@ -13,57 +13,45 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _torch, functional, ops
+from . import _torch, functional
 from .autograd import plain_backward
-from .backends import Grads, Problem, StepInputs, TakesSteps, Weights, asked, choose
-from .cells import States
+from .backends import Grads, Inputs, Problem, StepInputs, TakesSteps, asked, choose
+from .cells import CELLS, States
 from .plain import all_plain, is_watched, signature
 
-Check = Callable[[Tensor, States | None], None]
+Check = Callable[[StepInputs], None]
 
 
-def step(
-    cell: str,
-    x: Tensor,
-    states: States | None,
-    weights: Weights,
-    check: Check,
-    sizes: tuple[int, int],
-) -> States:
+def step(cell: str, inputs: StepInputs, check: Check, sizes: tuple[int, int]) -> States:
     """One timestep of one group.
 
     Args:
         cell: a key of :data:`fastrnn.cells.CELLS`.
-        x: [B, I] of any strides.
-        states: h [B, H] and, for cells with one, c [B, H]; None for zeros.
-        weights: w_ih [gates*H, I], w_hh [gates*H, H], b_ih and b_hh [gates*H] or None, in torch's
-            gate order.
-        check: what raises if `x` or `states` do not fit `sizes`; not called where the same shapes
+        inputs: the weights are w_ih [gates*H, I], w_hh [gates*H, H], b_ih and b_hh [gates*H] or
+            None, in torch's gate order.
+        check: what raises if x and the states do not fit `sizes`; not called where the same shapes
             have passed.
         sizes: what `check` compares with.
 
     Returns:
-        The new states, shaped as `states`.
+        The new states [B, H]: h and, for cells with one, c.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit together.
     """
-    tensors = (x, *(states or ()), *weights)
+    x, h0, c0, weights = inputs
+    tensors = (x, h0, c0, *weights)
     read = signature(tensors)
     if read is None:
-        check(x, states)
-        return _as_layer(cell, x, states, weights)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    key = (cell, sizes, grad, asked(), 0 if states is None else len(states), read)
-    if key in _bound:
-        bound = _bound[key]
-        if bound is not None:
-            return bound.run(x, states, weights)
-        return _as_layer(cell, x, states, weights)
-    check(x, states)
-    new = _as_layer(cell, x, states, weights)
-    _remember(key, Bound.of(cell, x, weights, grad))
-    return new
+        check(inputs)
+        return _as_layer(cell, inputs)
+    grad = torch.is_grad_enabled() and _any_requires_grad(tensors)
+    key = (cell, sizes, grad, asked(), read)
+    if key not in _bound:
+        check(inputs)
+        _remember(key, Bound.of(cell, inputs, grad))
+    bound = _bound[key]
+    return _as_layer(cell, inputs) if bound is None else bound.run(inputs)
 
 
 class Bound(NamedTuple):
@@ -73,27 +61,29 @@ class Bound(NamedTuple):
     backend: TakesSteps
 
     @classmethod
-    def of(cls, cell: str, x: Tensor, weights: Weights, grad: bool) -> Bound | None:
-        """Of a step that is known to fit; None if its backend takes layers only, or may be another
-        one next time, as on a GPU."""
-        inputs = StepInputs(x, None, None, weights).inputs()
-        problem = ops.describe(cell, inputs, (False,), x.shape[0], False, grad)
+    def of(cls, cell: str, inputs: StepInputs, grad: bool) -> Bound | None:
+        """None if the backend that serves it takes layers only, or may be another one next time, as
+        on a GPU."""
+        layer = inputs.of_layer()
+        given, options = (_states(layer), None), ((False,), False, 0)
+        problem = functional.checked_problem(CELLS[cell], layer, None, given, options, None, grad)
         backend = choose(problem)
         if not isinstance(backend, TakesSteps) or problem.device.type != "cpu":
             return None
         return cls(problem, backend)
 
-    def run(self, x: Tensor, states: States | None, weights: Weights) -> States:
+    def run(self, inputs: StepInputs) -> States:
+        """The new states."""
         problem, backend = self
-        h0, c0 = (*(states or ()), None, None)[:2]
         if problem.grad:
+            x, h0, c0, weights = inputs
             h, c = _apply(self, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
         else:
-            h, c, _ = backend.step(problem, StepInputs(x, h0, c0, weights), False)
+            h, c, _ = backend.step(problem, inputs, False)
         return (h,) if c is None else (h, c)
 
 
-# The steps that have passed the checks, by what may decide who serves them; None: as a layer.
+# The steps that have passed the checks, by all that may decide who serves them; None: as layers.
 _bound: dict[tuple[object, ...], Bound | None] = {}
 _MOST_BOUND = 4096
 
@@ -104,15 +94,27 @@ def _remember(key: tuple[object, ...], bound: Bound | None) -> None:
     _bound[key] = bound
 
 
-def _as_layer(cell: str, x: Tensor, states: States | None, weights: Weights) -> States:
-    lead = None if states is None else tuple(s.unsqueeze(0) for s in states)
-    _, ends, _ = functional.layer(cell, x.unsqueeze(0), lead, weights)
+def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    for t in reversed(tensors):  # noqa: SIM110 - any() takes longer; the weights do, as a rule
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
+def _as_layer(cell: str, inputs: StepInputs) -> States:
+    layer = inputs.of_layer()
+    _, ends, _ = functional.layer(cell, layer.x, _states(layer), layer.weights)
     return tuple(without_lead(s) for s in ends)
+
+
+def _states(layer: Inputs) -> States | None:
+    h0, c0, _, _ = layer.states
+    return None if h0 is None else (h0,) if c0 is None else (h0, c0)
 
 
 def without_lead(state: Tensor) -> Tensor:
     """A new state without its first dimension. In place, so that it is no view: those cannot be
-    detached in place, as loops do. A subclass' is a view already, which cannot be changed so."""
+    detached in place, as loops do. A subclass's is a view already, which cannot be changed so."""
     return state.squeeze_(0) if type(state) is Tensor else state.squeeze(0)
 
 
@@ -139,7 +141,7 @@ class CellStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
+        _, *needs = ctx.needs_input_grad
         if dh is None and dc is None:
             return None, *(None for _ in needs)
         x, h0, c0, *others = ctx.saved_tensors
@@ -158,13 +160,13 @@ _apply = super(torch.autograd.Function, CellStep).apply
 
 def _plain_gradients(
     problem: Problem,
-    step: StepInputs,
+    inputs: StepInputs,
     dh: Tensor | None,
     dc: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     dh_n, dc_n = (None if d is None else d.unsqueeze(0) for d in (dh, dc))
     wanted = (*needs[:3], False, False, *needs[3:])
-    found = plain_backward(problem, step.inputs(), Grads(None, dh_n, dc_n, None), wanted, 1)
+    found = plain_backward(problem, inputs.of_layer(), Grads(None, dh_n, dc_n, None), wanted, 1)
     first = [None if d is None else d.squeeze(0) for d in found[:3]]
     return [*first, *found[5:]]

@@ -202,11 +202,10 @@ class StepInputs(NamedTuple):
     c0: Tensor | None  # likewise, and for cells without c
     weights: Weights
 
-    def inputs(self) -> Inputs:
+    def of_layer(self) -> Inputs:
         """Those of a layer of one timestep."""
-        x, *states = (None if t is None else t.unsqueeze(0) for t in self[:3])
-        assert x is not None
-        return Inputs(x, None, None, None, (*states, None, None), self.weights)
+        h0, c0 = (None if s is None else s.unsqueeze(0) for s in (self.h0, self.c0))
+        return Inputs(self.x.unsqueeze(0), None, None, None, (h0, c0, None, None), self.weights)
 
 
 @runtime_checkable
@@ -215,7 +214,7 @@ class TakesSteps(Protocol):
     timestep, which costs a small cell half its time. The problem is the same either way."""
 
     def step(
-        self, problem: Problem, step: StepInputs, save: bool
+        self, problem: Problem, inputs: StepInputs, save: bool
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """The new h and c [B, H], c None for cells without, and what the backward pass wants, []
         unless `save`."""
@@ -223,7 +222,7 @@ class TakesSteps(Protocol):
     def step_backward(
         self,
         problem: Problem,
-        step: StepInputs,
+        inputs: StepInputs,
         saved: list[Tensor],
         grads: tuple[Tensor | None, Tensor | None],
         needs: Sequence[bool],

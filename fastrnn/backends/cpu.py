@@ -87,8 +87,6 @@ class _Cpu:
             return f"the kernels have no projection for the cell {problem.cell.name}"
         if problem.G > _C.max_groups:
             return f"the kernels take at most {_C.max_groups} groups, not {problem.G}"
-        if problem.B == 0:
-            return "an empty batch leaves the kernels nothing to do"
         return None
 
     def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
@@ -121,12 +119,14 @@ class _Cpu:
         return run(problem, inputs, y, saved, grads, needs, samples)
 
     def step(
-        self, problem: Problem, step: StepInputs, save: bool
+        self, problem: Problem, inputs: StepInputs, save: bool
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        x, h0, c0, weights = step
-        state = (problem.B, problem.H)
-        h = x.new_empty(state)
-        c = x.new_empty(state) if problem.cell.states > 1 else None
+        x, h0, c0, weights = inputs
+        shape = (problem.B, problem.H)
+        h = x.new_empty(shape) if h0 is None else _empty_like(h0)
+        c = None
+        if problem.cell.states > 1:
+            c = x.new_empty(shape) if c0 is None else _empty_like(c0)
         saved = _shapes(problem, (1, problem.B)).empty_saved(x) if save else []
         _workspace.run(
             _C.forward, _CELLS[problem.cell.name][0], torch.get_num_threads(), problem.reverse,
@@ -137,12 +137,12 @@ class _Cpu:
     def step_backward(
         self,
         problem: Problem,
-        step: StepInputs,
+        inputs: StepInputs,
         saved: list[Tensor],
         grads: tuple[Tensor | None, Tensor | None],
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        x, h0, c0, weights = step
+        x, h0, c0, weights = inputs
         dx, dh0, dc0, *dweights = [
             _empty_like(t) if needed and t is not None else None
             for t, needed in zip((x, h0, c0, *weights), needs, strict=True)

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase
 
 from .. import _torch, functional
+from ..backends import StepInputs
 from ..cells import CELLS, States
-from ..plain import slows_down
+from ..plain import is_slowed_down
 from ..step import step, without_lead
 from .identity import AnswersAsTorch
 from .layers import Device
@@ -29,51 +30,58 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
     def _cell(self) -> str:
         raise NotImplementedError
 
-    def _step(self, input: Tensor, hx: States | None) -> States:
-        weights = self._weights()
-        if slows_down((input, *(hx or ()), *weights)):
+    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> States:
+        inputs = StepInputs(x, h, c, self._weights())
+        if is_slowed_down((x, h, c, *inputs.weights)):
             with _torch.DisableTorchFunction():
-                return self._run(input, hx, weights)
-        return self._run(input, hx, weights)
+                return self._run(inputs)
+        return self._run(inputs)
 
-    def _run(self, input: Tensor, hx: States | None, weights: list[Any]) -> States:
-        if _torch.autocast_active() and functional.is_autocast(input.device):
-            return self._run_without_autocast(input, hx, weights)
+    def _run(self, inputs: StepInputs) -> States:
+        if _torch.autocast_active() and functional.is_autocast(inputs.x.device):
+            return self._run_without_autocast(inputs)
         sizes = self.input_size, self.hidden_size
-        if input.dim() == 2:
-            return step(self._cell, input, hx, weights, self._check, sizes)
-        self._check_ranks(input, hx)
-        x, states = input.unsqueeze(0), None if hx is None else tuple(s.unsqueeze(0) for s in hx)
-        ends = step(self._cell, x, states, weights, self._check, sizes)
+        if inputs.x.dim() == 2:
+            return step(self._cell, inputs, self._check_batch, sizes)
+        self._check_ranks(inputs)
+        x, *states, weights = inputs
+        h, c = (None if s is None else s.unsqueeze(0) for s in states)
+        ends = step(self._cell, StepInputs(x.unsqueeze(0), h, c, weights), self._check, sizes)
         return tuple(without_lead(s) for s in ends)
+
+    def _run_without_autocast(self, inputs: StepInputs) -> States:
+        """In the dtype of the weights: a state handed on from step to step in 16 bits decays."""
+        x, *states, weights = inputs
+        dtype = self.weight_ih.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            h, c = (None if s is None else functional.cast(s, dtype) for s in states)
+            return self._run(StepInputs(functional.cast(x, dtype), h, c, weights))
 
     def _weights(self) -> list[Any]:
         """As they are now: parameters, parametrizations, plain tensors alike."""
         own = self._parameters
         return [own[name] if name in own else getattr(self, name) for name in _WEIGHTS]
 
-    def _run_without_autocast(self, input: Tensor, hx: States | None, weights: list[Any]) -> States:
-        """In the dtype of the weights: a state handed on from step to step in 16 bits decays."""
-        dtype = weights[0].dtype
-        with torch.autocast(input.device.type, enabled=False):
-            states = None if hx is None else tuple(functional.cast(s, dtype) for s in hx)
-            return self._run(functional.cast(input, dtype), states, weights)
-
-    def _check_ranks(self, input: Tensor, hx: States | None) -> None:
-        named = zip(("input", *self._state_names), (input, *(hx or ())), strict=False)
-        for name, tensor in named:
-            if tensor.dim() not in (1, 2):
+    def _check_ranks(self, inputs: StepInputs) -> None:
+        for name, tensor in zip(("input", *self._state_names), inputs[:3], strict=False):
+            if tensor is not None and tensor.dim() not in (1, 2):
                 raise ValueError(
                     f"{self._kind}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead"
                 )
 
-    def _check(self, x: Tensor, states: States | None) -> None:
-        self._check_ranks(x, states)
+    def _check_batch(self, inputs: StepInputs) -> None:
+        self._check_ranks(inputs)
+        self._check(inputs)
+
+    def _check(self, inputs: StepInputs) -> None:
+        x, *states, _ = inputs
         if x.shape[1] != self.input_size:
             raise RuntimeError(
                 f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}"
             )
-        for k, state in enumerate(states or ()):
+        for k, state in enumerate(states):
+            if state is None:
+                continue
             if state.dim() != 2:
                 raise RuntimeError(f"hidden{k} should have as many dimensions as the input")
             if state.shape[0] != x.shape[0]:
@@ -95,7 +103,7 @@ class _StepOfOneState(Step):
         if isinstance(input, Proxy):
             node: Tensor = record(self, input, hx)
             return node
-        return self._step(input, None if hx is None else (hx,))[0]
+        return self._step(input, hx, None)[0]
 
 
 class RNNCell(_StepOfOneState):
@@ -151,14 +159,16 @@ class LSTMCell(Step):
         if isinstance(input, Proxy):
             nodes: tuple[Tensor, Tensor] = record(self, input, hx)
             return nodes
-        if hx is not None:
-            if isinstance(hx, Tensor):
-                raise TypeError(
-                    "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor"
-                )
-            if len(hx) != 2:
-                raise RuntimeError("lstm_cell expects two hidden states")
-        h, c = self._step(input, None if hx is None else tuple(hx))
+        if hx is None:
+            h, c = self._step(input, None, None)
+            return h, c
+        if isinstance(hx, Tensor):
+            raise TypeError(
+                "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor"
+            )
+        if len(states := tuple(hx)) != 2:
+            raise RuntimeError("lstm_cell expects two hidden states")
+        h, c = self._step(input, *states)
         return h, c
 
 
