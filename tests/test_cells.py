@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from helpers import BACKEND_NAMES, STEPS, check_module, using
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
 from fastrnn.cells import CELLS
@@ -16,9 +18,9 @@ from fastrnn.cells import CELLS
 B, I, H = 5, 4, 9
 
 
-def states(torch_kind: Any, *lead: int) -> Any:
-    h = torch.randn(*lead, H)
-    return (h, torch.randn(*lead, H)) if torch_kind is nn.LSTMCell else h
+def states(torch_kind: Any, *lead: int, units: int = H) -> Any:
+    h = torch.randn(*lead, units)
+    return (h, torch.randn(*lead, units)) if torch_kind is nn.LSTMCell else h
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
@@ -171,3 +173,129 @@ def test_every_cell_tells_its_shapes(name: str) -> None:
     assert [s.shape for s in new] == [(3, H)] * cell.states
     dx, dh = torch.autograd.grad(new[0].sum(), (gates, again))
     assert torch.equal(dx, dh) == cell.shared_dgates
+
+
+class Subclass(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("what", ["input", "hx", "weights"])
+@pytest.mark.parametrize("lead", [(B,), ()])
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_tensor_subclasses_have_gradients(
+    torch_kind: Any, kind: Any, options: Any, lead: tuple[int, ...], what: str
+) -> None:
+    step, x, hx = kind(I, H, **options), torch.randn(*lead, I), states(torch_kind, *lead)
+    expected = as_tuple(step(x, hx))[0]
+    wanted = torch.autograd.grad(expected.sum(), list(step.parameters()))
+    if what == "input":
+        x = x.as_subclass(Subclass)
+    elif what == "hx":
+        hx = tuple(s.as_subclass(Subclass) for s in hx) if isinstance(hx, tuple) else hx
+    else:
+        step.weight_hh = nn.Parameter(step.weight_hh.detach().as_subclass(Subclass))
+    found = as_tuple(step(x, hx))[0]
+    torch.testing.assert_close(Tensor(found), expected)
+    gradients = torch.autograd.grad(found.sum(), list(step.parameters()))
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(Tensor(ours), theirs)
+
+
+@pytest.mark.parametrize("sizes", [(B, 0, H), (B, I, 0), (0, I, H), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_sizes_of_zero(
+    torch_kind: Any, kind: Any, options: Any, bias: bool, sizes: tuple[int, int, int]
+) -> None:
+    """Rows, inputs or units: torch.nn's cells take none of them."""
+    rows, inputs, units = sizes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing to initialise
+        theirs = torch_kind(inputs, units, bias=bias, **options)
+        ours = kind(inputs, units, bias=bias, **options)
+    ours.load_state_dict(theirs.state_dict())
+    x, hx = torch.randn(rows, inputs), as_tuple(states(torch_kind, rows, units=units))
+    found = []
+    for step in (theirs, ours):
+        leaves = [t.clone().requires_grad_() for t in (x, *hx)]
+        new = as_tuple(step(leaves[0], tuple(leaves[1:]) if len(hx) > 1 else leaves[1]))
+        gradients = torch.autograd.grad(sum(s.sum() for s in new), [*leaves, *step.parameters()])
+        found.append((new, gradients))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_second_derivatives_of_a_step(torch_kind: Any, kind: Any, options: Any) -> None:
+    """Of the short path to a kernel as of torch.nn's."""
+    double = {"dtype": torch.float64}
+    theirs, ours = torch_kind(I, H, **options, **double), kind(I, H, **options, **double)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.rand(B, I, **double)
+
+    def penalty(step: nn.Module) -> tuple[Tensor, ...]:
+        leaf = x.clone().requires_grad_()
+        total = sum(state.square().sum() for state in as_tuple(step(leaf)))
+        (slope,) = torch.autograd.grad(total, leaf, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), (leaf, *step.parameters()))
+
+    torch.testing.assert_close(penalty(ours), penalty(theirs))
+
+
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_watched_backward_pass(torch_kind: Any, kind: Any, options: Any) -> None:
+    """A mode around the backward pass alone sees torch's operators, and the gradients are right."""
+    step, x = kind(I, H, **options), torch.randn(B, I)
+    weights = list(step.parameters())
+    expected = torch.autograd.grad(as_tuple(step(x))[0].sum(), weights)
+    total = as_tuple(step(x))[0].sum()
+    with FlopCounterMode(display=False) as counter:
+        found = torch.autograd.grad(total, weights)
+    assert counter.get_total_flops() > 0
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_one_state_alone_needs_a_gradient(torch_kind: Any, kind: Any, options: Any) -> None:
+    theirs, ours = torch_kind(I, H, **options), kind(I, H, **options)
+    ours.load_state_dict(theirs.state_dict())
+    for step in (theirs, ours):
+        step.requires_grad_(False)
+    x, hx = torch.randn(B, I), as_tuple(states(torch_kind, B))
+    for k in range(len(hx)):
+        found = []
+        for step in (theirs, ours):
+            leaves = [s.clone().requires_grad_(n == k) for n, s in enumerate(hx)]
+            new = as_tuple(step(x, tuple(leaves) if len(leaves) > 1 else leaves[0]))
+            found.append(torch.autograd.grad(sum(s.sum() for s in new), leaves[k])[0])
+        torch.testing.assert_close(*found)
+
+
+def test_what_a_step_may_be_is_found_out_anew() -> None:
+    """Nothing that a remembered step depends on may be forgotten."""
+    step, x = fastrnn.GRUCell(I, H), torch.randn(B, I)
+    step(x)
+    with pytest.raises(RuntimeError, match="inconsistent input_size"):
+        step(torch.randn(B, I + 1))
+    step.input_size = I + 1
+    with pytest.raises(RuntimeError, match="inconsistent input_size"):
+        step(x)
+    step.input_size = I
+    with torch.no_grad():
+        assert not step(x).requires_grad
+    assert step(x).requires_grad
+    with fastrnn.backend("reference"):
+        assert "CellStep" not in type(step(x).grad_fn).__name__
+    assert "CellStep" in type(step(x).grad_fn).__name__
+    with pytest.raises(RuntimeError, match="same dtype"):
+        step(x.double())
+    step.double()
+    assert step(x.double()).dtype == torch.float64
+
+
+def test_remembered_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastrnn.step, "_bound", {})
+    monkeypatch.setattr(fastrnn.step, "_MOST_BOUND", 3)
+    step = fastrnn.RNNCell(I, H)
+    for rows in range(1, 9):
+        step(torch.zeros(rows, I))
+        assert len(fastrnn.step._bound) <= 3

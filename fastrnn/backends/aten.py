@@ -91,7 +91,8 @@ class _Aten:
         with _recording():
             y, h_n, c_n, _, _ = _run(problem, ours)
         graph = [y, h_n] if c_n is None else [y, h_n, c_n]
-        y, h_n, *ends = (t.detach() for t in graph)
+        # A cell changes the dimensions of its states in place, and may be asked to add to them.
+        y, h_n, *ends = (t.detach().clone() if problem.T == 1 else t.detach() for t in graph)
         saved = graph + leaves if save else []
         return Outputs(y, h_n, ends[0] if ends else None, None, saved)
 
