@@ -13,7 +13,7 @@ import warnings
 
 from .backends import backend
 from .backends.cpu import _MISSING as _REASON
-from .convert import convert, revert
+from .convert import convert, converted, revert
 from .diagnose import diagnose
 from .explain import explain
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "backend",
     "convert",
+    "converted",
     "diagnose",
     "explain",
     "revert",

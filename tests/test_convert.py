@@ -6,6 +6,7 @@ import copy
 import functools
 import re
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from helpers import LAYERS, STEPS, run_python
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils._pytree import tree_leaves
 
 import fastrnn
 from fastrnn.backends import BACKENDS
@@ -65,7 +67,7 @@ def test_a_layer_itself(torch_kind: Any, kind: Any, options: Any) -> None:
     result = fastrnn.convert(layer)
     assert result is layer
     assert type(layer) is kind
-    assert repr(layer) == repr(torch_kind(4, 6, **options))
+    assert repr(layer) == f"fastrnn.{torch_kind(4, 6, **options)!r}"
     assert set(vars(layer)) == set(vars(kind(4, 6, **options)))
     assert fastrnn.revert(layer) is layer
     assert type(layer) is torch_kind
@@ -102,8 +104,137 @@ def test_subclasses_are_left_alone() -> None:
             return "mine"
 
     model = nn.Sequential(Mine(3, 4))
-    fastrnn.convert(model)
+    with pytest.warns(UserWarning, match="0: Mine, passed over: a subclass of torch.nn.LSTM"):
+        fastrnn.convert(model)
     assert type(model[0]) is Mine
+    (told,) = fastrnn.converted(model)
+    assert (told.name, told.kind, told.fast) == ("0", "Mine", False)
+    assert "derive it from fastrnn.LSTM" in told.reason
+
+
+def test_what_is_converted_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.ModuleDict({"encoder": nn.LSTM(4, 6), "cell": nn.GRUCell(6, 6)})
+    model["head"] = nn.Linear(6, 2)
+    before = fastrnn.converted(model)
+    assert [(one.name, one.fast, one.reason) for one in before] == [
+        ("encoder", False, ""),
+        ("cell", False, ""),
+    ]
+    assert str(before) == "encoder: LSTM, torch.nn\ncell: GRUCell, torch.nn"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastrnn.convert(model)
+        assert not capsys.readouterr().out
+        fastrnn.convert(model, verbose=True)
+    assert capsys.readouterr().out == "encoder: LSTM, fastrnn\ncell: GRUCell, fastrnn\n"
+    assert all(one.fast for one in fastrnn.converted(model))
+    assert "(encoder): fastrnn.LSTM(4, 6)" in repr(model)
+    assert "(encoder): LSTM(4, 6)" in repr(fastrnn.revert(model))
+    assert str(fastrnn.converted(nn.Linear(2, 2))) == "no recurrent layers"
+
+
+class OfItsOwn(nn.RNNBase):
+    def __init__(self) -> None:
+        super().__init__("LSTM", 4, 6)
+
+
+def quantized() -> nn.Module:
+    from torch.ao.nn.quantizable import LSTM
+
+    return LSTM(4, 6)
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        script: nn.Module = torch.jit.script(nn.LSTM(4, 6))
+    return script
+
+
+def wrapped() -> nn.Module:
+    layer = nn.LSTM(4, 6)
+    enclose(layer)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (OfItsOwn, "a kind of layer that torch.nn does not have"),
+        (quantized, "it is torch.ao's"),
+        (scripted, "torch.jit has compiled it"),
+        (wrapped, "its forward has been replaced on the instance"),
+    ],
+)
+def test_what_is_passed_over_is_told(make: Any, reason: str) -> None:
+    model = nn.Sequential(nn.GRU(4, 4), make())
+    kind = type(model[1])
+    with pytest.warns(UserWarning, match=f"fastrnn.convert: 1: [A-Za-z]+, passed over: {reason}"):
+        fastrnn.convert(model)
+    assert type(model[1]) is kind
+    converted, *passed_over = fastrnn.converted(model)
+    assert converted.fast
+    assert passed_over
+    assert not any(one.fast for one in passed_over)
+
+
+def bind(layer: Any) -> None:
+    """As accelerate's hooks keep the forward that they wrap."""
+    layer._old_forward = layer.forward
+    layer.forward = functools.partial(lambda self, *args: self._old_forward(*args), layer)
+
+
+def bind_partially(layer: Any) -> None:
+    layer.forward = functools.partial(layer.forward, hx=None)
+
+
+def enclose(layer: Any) -> None:
+    """As profilers do."""
+    inner = layer.forward
+    layer.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [bind, bind_partially, enclose])
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), [*LAYERS, *STEPS])
+def test_a_forward_wrapped_on_the_instance_is_reverted(
+    torch_kind: Any, kind: Any, options: Any, wrap: Any
+) -> None:
+    layer = torch_kind(4, 6, **options)
+    x = torch.randn(3, 4)
+    expected = layer(x)
+    fastrnn.convert(layer)
+    wrap(layer)
+    fastrnn.revert(layer)
+    assert type(layer) is torch_kind
+    pairs = zip(tree_leaves(layer(x)), tree_leaves(expected), strict=True)
+    assert all(torch.equal(found, right) for found, right in pairs)
+
+
+@pytest.mark.parametrize("wrap", [bind, bind_partially])
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), [*LAYERS, *STEPS])
+def test_a_forward_wrapped_on_the_instance_is_converted(
+    torch_kind: Any, kind: Any, options: Any, wrap: Any
+) -> None:
+    layer = torch_kind(4, 6, **options)
+    wrap(layer)
+    fastrnn.convert(layer)
+    assert type(layer) is kind
+    with CallsOfTorchsLayers() as calls:
+        layer(torch.randn(3, 4))
+    assert calls.names == []
+
+
+class CallsOfTorchsLayers(torch.overrides.TorchFunctionMode):
+    """Takes down the calls of the functions that torch.nn's layers call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "").removesuffix("_cell")
+        self.names += [name] if name in ("lstm", "gru", "rnn_tanh", "rnn_relu") else []
+        return func(*args, **(kwargs or {}))
 
 
 def test_parametrized_layers() -> None:

@@ -41,6 +41,11 @@ class AnswersAsTorch(nn.Module):
 
     __class__ = property(_answered_class, _become)
 
+    def _get_name(self) -> str:
+        """What repr() begins with; a class that is derived from a layer's has its own name."""
+        name = type(self).__name__
+        return f"fastrnn.{name}" if type(self) in ANSWERS else name
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self) not in ANSWERS:
             return super().__reduce_ex__(protocol)
