@@ -1,5 +1,5 @@
 # Every target sets up what it needs, on a machine with Python >= 3.10 and a C++17 compiler:
-#   make demo | test | bench | lint | sanitize | clean
+#   make demo | test | test-versions | bench | lint | sanitize | clean
 # PYTHON chooses the interpreter, PIP_EXTRA adds options to pip, TEST_JOBS is the number of test
 # processes, PYTEST_ARGS and DEMO_ARGS and BENCH_ARGS go to what they name.
 
@@ -20,7 +20,7 @@ SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.c
 CXX_FILES := $(filter-out setup.py,$(SOURCES)) $(wildcard tests/sanitize/*.cpp tests/sanitize/*.h \
 	tests/emulation/*.cpp tests/emulation/*.h benchmarks/*.cu)
 
-.PHONY: demo test bench lint sanitize build clean
+.PHONY: demo test test-versions bench lint sanitize build clean
 .DELETE_ON_ERROR:
 
 demo: build $(VENV)/stamp-demo
@@ -28,6 +28,11 @@ demo: build $(VENV)/stamp-demo
 
 test: $(VENV)/stamp-cuda $(VENV)/stamp-dev
 	$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+
+# With other versions of torch; VERSIONS="2.9.1 2.14.1" names some.
+test-versions: build
+	PYTHON=$(PY) PIP_EXTRA="$(PIP_EXTRA)" PYTEST_ARGS="-n $(TEST_JOBS) $(PYTEST_ARGS)" \
+		tests/versions.sh $(VERSIONS)
 
 bench: build $(VENV)/stamp-bench
 	$(PY) -m pytest benchmarks $(PYTEST_ARGS)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Case, make_inputs, using
-from test_transforms import backends, cells, small
+from helpers import Case, make_inputs, small_layer, using
+from test_transforms import backends, cells
 from torch import Tensor
 from torch.func import grad, jacrev, vjp, vmap
 
@@ -83,7 +83,7 @@ def test_one_sequence_is_a_batch_of_one(cell: str, backend: str, nesting: str) -
 @cells
 @backends
 def test_outputs_of_one_sequence_have_no_batch(cell: str, backend: str) -> None:
-    (x, *weights), layer = small(cell, Case(4, 1, 3, 5, hx=False, reverse=(False, True)))
+    (x, *weights), layer = small_layer(cell, Case(4, 1, 3, 5, hx=False, reverse=(False, True)))
     expected = [o.squeeze(1) for o in layer(x, *weights)]
     sequence, nowhere = x.squeeze(1), (None,) * len(weights)
 
