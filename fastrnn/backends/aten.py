@@ -82,19 +82,22 @@ class _Aten:
     def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
         x, batch_sizes, lengths, reset, states, weights = inputs
         weights = _for_cudnn(problem, weights)
-        if not problem.grad:
-            with torch.no_grad():
-                return _run(problem, inputs._replace(weights=weights))
         places = [None if t is None else t.detach() for t in (x, *states, *weights)]
-        leaves = [t.requires_grad_() for t in places if t is not None]
+        leaves = [t for t in places if t is not None]
         ours = Inputs(leaves[0], batch_sizes, lengths, reset, places[1:5], places[5:])
+        if not save:
+            # Torch may choose another kernel where gradients are enabled, if of none of these.
+            with torch.set_grad_enabled(problem.grad):
+                return _run(problem, ours)
         with _recording():
+            for leaf in leaves:
+                leaf.requires_grad_()
             y, h_n, c_n, _, _ = _run(problem, ours)
         graph = [y, h_n] if c_n is None else [y, h_n, c_n]
-        # A cell changes the dimensions of its states in place, and may be asked to add to them.
-        y, h_n, *ends = (t.detach().clone() if problem.T == 1 else t.detach() for t in graph)
-        saved = graph + leaves if save else []
-        return Outputs(y, h_n, ends[0] if ends else None, None, saved)
+        # As no views, and so that they may be changed while autograd keeps what it has: its graph
+        # holds none of the last states, and who changes y is found out where that is saved.
+        y, h_n, *ends = (t.data for t in graph)
+        return Outputs(y, h_n, ends[0] if ends else None, None, graph + leaves)
 
     def backward(
         self,
@@ -151,11 +154,12 @@ def _apart(found: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Autograd records, also within an operator, which the dispatcher calls with autograd out of
-    its way."""
+    """Autograd records, and follows what is done to views, also within an operator: the dispatcher
+    may call that with both out of the way."""
     with (
         torch.enable_grad(),
         _torch.set_excluded_key(_torch.DispatchKey.AutogradFunctionality, False),
+        _torch.set_excluded_key(_torch.DispatchKey.ADInplaceOrView, False),
     ):
         yield
 
@@ -241,8 +245,8 @@ def _step(problem: Problem, inputs: Inputs) -> Outputs:
     params = _params(problem, inputs)
     found = _FUNCTIONS[problem.cell.name].step(inputs.x[0], _as_hx(states), *params)
     h, *c = (found,) if problem.cell.states == 1 else found
-    h_n = h.unsqueeze(0)
-    return Outputs(h_n.clone(), h_n, c[0].unsqueeze(0) if c else None, None, [])
+    y, h_n, *c_n = (torch.stack([t]) for t in (h, h, *c))  # in memory of their own
+    return Outputs(y, h_n, c_n[0] if c_n else None, None, [])
 
 
 def _without_steps(problem: Problem, inputs: Inputs) -> Outputs:
