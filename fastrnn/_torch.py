@@ -34,6 +34,11 @@ DisableAutocast = _C._DisableAutocast
 # Torch's functions as if no mode watched them: see fastrnn.plain.is_slowed_down.
 DisableTorchFunction = _C.DisableTorchFunction
 
+# Whether a __torch_function__ of any of these is asked, and the one that is switched off: the
+# documented torch.overrides.has_torch_function is the first, under a longer path.
+any_overrides = _C._has_torch_function
+disabled_override = _C._disabled_torch_function_impl
+
 # In an operator's own Autograd kernel: calling it again without arriving there again.
 BelowAutograd = _C._AutoDispatchBelowAutograd
 # In an operator's kernel, which runs with autograd out of its way: recording all the same.

@@ -29,6 +29,7 @@ from .backends import (
     timed_as,
 )
 from .modules import Layers, Step
+from .plain import OverriddenError, stop_at_overrides
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Explanations(tuple[Explanation, ...]):
     """One :class:`Explanation` a layer, printed one after the other.
 
     Attributes:
-        notes: of a model, what there is to say of recurrent layers that have no explanation.
+        notes: what there is to say of recurrent layers that have no explanation.
     """
 
     notes: tuple[str, ...]
@@ -101,7 +102,8 @@ def explain(layer: nn.Module, *args: Any, **kwargs: Any) -> Explanations:
         args, kwargs: what it would be called with, such as `input`, `hx` and `lengths`.
 
     Returns:
-        One :class:`Explanation` a layer of the stack; print the result.
+        One :class:`Explanation` a layer of the stack; print the result. None, but a note that says
+        so, where torch.nn's forward serves, for tensors with a ``__torch_function__`` of their own.
 
     Raises:
         TypeError: `layer` is a layer of torch.nn, which is to be converted first, or there is no
@@ -109,10 +111,17 @@ def explain(layer: nn.Module, *args: Any, **kwargs: Any) -> Explanations:
         Exception: whatever the call raises, for shapes and dtypes that do not fit.
     """
     if isinstance(layer, (Layers, Step)):
-        return Explanations(_explain_call("", layer, args, kwargs))
+        try:
+            return Explanations(_explain_call("", layer, args, kwargs))
+        except OverriddenError as error:
+            return Explanations((), [_by_torch(error)])
     if isinstance(layer, _RECURRENT):
         raise TypeError(f"explain() takes a fastrnn layer or cell, and this is {_advice(layer)}")
     return _explain_model(layer, args, kwargs)
+
+
+def _by_torch(reason: OverriddenError) -> str:
+    return f"torch.nn's forward serves: {reason}"
 
 
 _RECURRENT = (nn.RNNBase, nn.modules.rnn.RNNCellBase)
@@ -127,10 +136,14 @@ def _explain_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         )
     ours = {n: m for n, m in recurrent.items() if isinstance(m, (Layers, Step))}
     explained: dict[tuple[str, int, Problem], Explanation] = {}
+    by_torch: dict[str, str] = {}
 
     def explain_next_call(name: str, *call: Any) -> None:
-        for one in _explain_call(name, *call):
-            explained.setdefault((name, one.layer, one.problem), one)
+        try:
+            for one in _explain_call(name, *call):
+                explained.setdefault((name, one.layer, one.problem), one)
+        except OverriddenError as error:
+            by_torch[name] = f"{name}: {_by_torch(error)}"
 
     with contextlib.ExitStack() as hooks:
         for name, module in ours.items():
@@ -138,8 +151,9 @@ def _explain_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
         model(*args, **kwargs)
-    called = {name for name, _, _ in explained}
+    called = {name for name, _, _ in explained} | by_torch.keys()
     notes = [f"{name}: the model did not call it" for name in ours if name not in called]
+    notes += by_torch.values()
     theirs = recurrent.keys() - ours.keys()
     notes += [f"{n}: {_advice(m)}" for n, m in recurrent.items() if n in theirs]
     return Explanations(explained.values(), notes)
@@ -206,6 +220,8 @@ def _explain_call(
         weights = layer._weights()
     else:
         weights = [[layer.weight_ih, layer.weight_hh, layer.bias_ih, layer.bias_hh]]
+    leaves = map(_tensor_of, tree_leaves((args, kwargs, weights)))
+    stop_at_overrides(tuple(leaves))
     _notebook.problems = []
     # Without gradients, of which autograd would want to see the way.
     with torch.no_grad(), only(_notebook), _random_numbers_kept(weights[0][0].device):
@@ -227,9 +243,12 @@ def _random_numbers_kept(device: torch.device) -> contextlib.AbstractContextMana
 
 
 def _requires_grad(leaf: Any) -> bool:
-    if isinstance(leaf, PackedSequence):
-        leaf = leaf.data
-    return isinstance(leaf, Tensor) and leaf.requires_grad
+    tensor = _tensor_of(leaf)
+    return isinstance(tensor, Tensor) and tensor.requires_grad
+
+
+def _tensor_of(leaf: Any) -> Any:
+    return leaf.data if isinstance(leaf, PackedSequence) else leaf
 
 
 def _explain_one(layer: int, problem: Problem, name: str) -> Explanation:

@@ -17,7 +17,7 @@ from .autograd import Route, scan, wants_gradients
 from .backends import Inputs, Problem, Weights, asked, check_batch_sizes, check_lengths
 from .cells import CELLS, Cell, States
 from .ops import describe
-from .plain import signature
+from .plain import signature, stop_at_overrides
 
 # A route, and the only vmap's members as one call where they are one.
 Way = tuple[Route, transforms.Fold | None]
@@ -291,6 +291,7 @@ def is_autocast(device: torch.device) -> bool:
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast casts: double is left alone."""
+    stop_at_overrides((tensor,))
     if tensor.is_floating_point() and tensor.dtype != torch.float64:
         return tensor.to(dtype)
     return tensor

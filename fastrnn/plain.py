@@ -24,10 +24,16 @@ def signature(tensors: tuple[Tensor | None, ...]) -> bytes | None:
 
     None unless all are plain, where anybody wants to see how they are used or saved, and without
     the extension or a torch that lets it look into tensors (2.10).
+
+    Raises:
+        OverriddenError: see :func:`stop_at_overrides`.
     """
-    if is_followed() or _torch.transforms_active():
-        return None
-    return signature_below(tensors)
+    read = None
+    if not is_followed() and not _torch.transforms_active():
+        read = signature_below(tensors)
+    if read is None:
+        stop_at_overrides(tensors)
+    return read
 
 
 def signature_below(tensors: tuple[Tensor | None, ...]) -> bytes | None:
@@ -36,6 +42,37 @@ def signature_below(tensors: tuple[Tensor | None, ...]) -> bytes | None:
     if _C is None or _torch.saves_elsewhere():
         return None
     return _C.signature(tensors)
+
+
+class OverriddenError(TypeError):
+    """An argument decides by itself what torch's functions do with it."""
+
+
+def stop_at_overrides(tensors: tuple[object, ...]) -> None:
+    """Look for ``__torch_function__`` methods that torch does not have for tensors of its own.
+
+    Such a class may know torch.nn's layers, but neither our operators nor what a call does to a
+    tensor before it gets to one: torch's expanded weights refuse even to tell their strides.
+
+    Raises:
+        OverriddenError: there is one.
+    """
+    if torch.compiler.is_compiling() or not _torch.any_overrides(tensors):
+        return
+    for tensor in tensors:
+        function = getattr(type(tensor), "__torch_function__", None)
+        if getattr(function, "__func__", function) not in _TORCHS_OWN:
+            raise OverriddenError(
+                f"{type(tensor).__name__} has a __torch_function__ that fastrnn does not know"
+            )
+
+
+# What Tensor itself has, and what switches it off: for parameters, DTensor and the like.
+_TORCHS_OWN = (
+    None,
+    Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
+    _torch.disabled_override,
+)
 
 
 def is_followed() -> bool:

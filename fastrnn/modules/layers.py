@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import _torch, functional
 from ..backends import Weights
 from ..cells import States
+from ..plain import OverriddenError, stop_at_overrides
 from .identity import AnswersAsTorch
 from .tracing import NotScriptable, Proxy, record
 
@@ -41,6 +42,7 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
     RNNBase's."""
 
     _kind: ClassVar[str]
+    _twin: ClassVar[Any]  # torch.nn's class of the same name
     _rank_text: ClassVar[str] = "{}: Expected input to be 2D or 3D, got {}D instead"
     return_states: bool = False
     return_layers: bool = False
@@ -97,12 +99,34 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
             RuntimeError: `lengths` or `reset` has another shape or dtype, or comes with a
                 PackedSequence.
         """
-        if isinstance(input, PackedSequence):
-            if lengths is not None or reset is not None:
-                raise RuntimeError("a PackedSequence takes neither lengths nor reset")
-            return self._forward_packed(input, hx)
-        if isinstance(input, Proxy):
-            return record(self, input, hx, lengths=lengths, reset=reset, reset_hx=reset_hx)
+        if not isinstance(self, Layers):  # called by who wrapped this method before revert()
+            return type(self).forward(self, input, hx)  # type: ignore[unreachable]
+        try:
+            if type(input) is not Tensor:
+                if isinstance(input, PackedSequence):
+                    if lengths is not None or reset is not None:
+                        raise RuntimeError("a PackedSequence takes neither lengths nor reset")
+                    return self._forward_packed(input, hx)
+                if isinstance(input, Proxy):
+                    return record(self, input, hx, lengths=lengths, reset=reset, reset_hx=reset_hx)
+                stop_at_overrides((input,))
+            return self._forward_padded(input, hx, lengths, reset, reset_hx)
+        except OverriddenError as error:
+            given = {"lengths": lengths, "reset": reset, "reset_hx": reset_hx}
+            return self._forward_of_torch(input, hx, error, given)
+
+    def _forward_of_torch(
+        self, input: Any, hx: Any, reason: OverriddenError, given: dict[str, Any]
+    ) -> Any:
+        """The forward of torch.nn's class, on the same weights: for what overrides its functions.
+        `given` are the arguments that it does not take."""
+        options = [name for name in OWN_OPTIONS if name != "recompute" and getattr(self, name)]
+        asked = [name for name, value in given.items() if value is not None]
+        for name in (*asked, *options):
+            raise TypeError(f"{reason}; torch.nn, which serves it, has no {name}") from None
+        return self._twin.forward(self, input, hx)
+
+    def _forward_padded(self, input: Any, hx: Any, lengths: Any, reset: Any, reset_hx: Any) -> Any:
         try:
             rank = input.dim()
         except AttributeError:
@@ -184,6 +208,7 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
         layers: list[States] = []
         check: functional.Check | None = self._check
         if states is not None and self.num_layers > 1:  # of which a layer sees only its own
+            stop_at_overrides((x, *states, *weights[0]))
             self._check(x, states, weights[0], batch_sizes)
             check = None
         if self.training and self.weight_dropout:
@@ -326,6 +351,7 @@ class RNN(Layers):
     """
 
     _kind = "RNN"
+    _twin = torch.nn.RNN
     _rank_text = "{}: Expected input to be 2D or 3D, got {}D tensor instead"
 
     def __init__(
@@ -402,6 +428,7 @@ class LSTM(Layers):
     """
 
     _kind = "LSTM"
+    _twin = torch.nn.LSTM
     # RNNBase's own know of one state only; subclasses with a forward of their own call these.
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
@@ -496,6 +523,7 @@ class GRU(Layers):
     """
 
     _kind = "GRU"
+    _twin = torch.nn.GRU
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch.nn.modules.rnn import RNNCellBase
 from .. import _torch, functional
 from ..backends import StepInputs
 from ..cells import CELLS, States
-from ..plain import is_slowed_down
+from ..plain import OverriddenError, is_slowed_down, stop_at_overrides
 from ..step import step, without_lead
 from .identity import AnswersAsTorch
 from .layers import Device
@@ -25,6 +25,7 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
 
     _kind: ClassVar[str]
     _state_names: ClassVar[tuple[str, ...]] = ("hidden",)
+    _twin: ClassVar[Any]  # torch.nn's class of the same name
 
     @property
     def _cell(self) -> str:
@@ -35,7 +36,16 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
         if is_slowed_down((x, h, c, *inputs.weights)):
             with _torch.DisableTorchFunction():
                 return self._run(inputs)
-        return self._run(inputs)
+        try:
+            if type(x) is not Tensor:
+                stop_at_overrides((x,))
+            return self._run(inputs)
+        except OverriddenError:
+            return self._step_of_torch(x, h, c)
+
+    def _step_of_torch(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> States:
+        """A step by the forward of torch.nn's class, on the same weights."""
+        raise NotImplementedError
 
     def _run(self, inputs: StepInputs) -> States:
         if _torch.autocast_active() and functional.is_autocast(inputs.x.device):
@@ -98,8 +108,13 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
 
 
 class _StepOfOneState(Step):
+    def _step_of_torch(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> States:
+        return (self._twin.forward(self, x, h),)
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """One step: input [B, input_size], hx and result [B, hidden_size]; or all without B."""
+        if not isinstance(self, Step):  # called by who wrapped this method before revert()
+            return type(self).forward(self, input, hx)  # type: ignore[unreachable]
         if isinstance(input, Proxy):
             node: Tensor = record(self, input, hx)
             return node
@@ -110,6 +125,7 @@ class RNNCell(_StepOfOneState):
     """One step of :class:`RNN`, a drop-in for :class:`torch.nn.RNNCell`."""
 
     _kind = "RNNCell"
+    _twin = torch.nn.RNNCell
 
     def __init__(
         self,
@@ -136,6 +152,7 @@ class LSTMCell(Step):
 
     _kind = "LSTMCell"
     _state_names = ("hx[0]", "hx[1]")
+    _twin = torch.nn.LSTMCell
 
     def __init__(
         self,
@@ -151,11 +168,18 @@ class LSTMCell(Step):
     def _cell(self) -> str:
         return "lstm"
 
+    def _step_of_torch(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> States:
+        twin: Any = self._twin
+        states: States = twin.forward(self, x, None if h is None else (h, c))
+        return states
+
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """One step: input [B, input_size], hx and result (h, c), both [B, hidden_size]; or all
         without B."""
+        if not isinstance(self, Step):  # called by who wrapped this method before revert()
+            return type(self).forward(self, input, hx)  # type: ignore[unreachable]
         if isinstance(input, Proxy):
             nodes: tuple[Tensor, Tensor] = record(self, input, hx)
             return nodes
@@ -176,6 +200,7 @@ class GRUCell(_StepOfOneState):
     """One step of :class:`GRU`, a drop-in for :class:`torch.nn.GRUCell`."""
 
     _kind = "GRUCell"
+    _twin = torch.nn.GRUCell
 
     def __init__(
         self,
