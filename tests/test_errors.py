@@ -120,6 +120,10 @@ SAME: dict[str, Callable[[str], tuple[Any, ...]]] = {
 }
 
 
+def sparse(states: Any) -> Any:
+    return tuple(map(sparse, states)) if isinstance(states, tuple) else states.to_sparse()
+
+
 def to_meta(states: Any) -> Any:
     return tuple(map(to_meta, states)) if isinstance(states, tuple) else states.to("meta")
 
@@ -198,6 +202,11 @@ CLEARER: dict[str, tuple[Make, type[Exception], str]] = {
         lambda k: (PackedSequence(x_of(4, I), torch.tensor([3, 1], dtype=torch.int32)),),
         RuntimeError,
         "batch_sizes should always be a 1-D int64 CPU tensor",
+    ),
+    "sparse hx": (
+        lambda k: (x_of(T, B, I), sparse(hx(k, 1, B, H))),
+        RuntimeError,
+        "hx must be dense tensors, got torch.sparse_coo",
     ),
     "sparse": (
         lambda k: (x_of(T, B, I).to_sparse(),),
@@ -357,6 +366,7 @@ STEP_CALLS: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "hx number": lambda k: (x_of(B, I), 3),
     "hx tuple of one": lambda k: (x_of(B, I), (x_of(B, H),)),
     "hx tuple of three": lambda k: (x_of(B, I), (x_of(B, H),) * 3),
+    "hx dict": lambda k: (x_of(B, I), {}),
     "c batch": lambda k: (x_of(B, I), (x_of(B, H), x_of(B + 1, H))),
     "c hidden": lambda k: (x_of(B, I), (x_of(B, H), x_of(B, H + 1))),
 }
@@ -386,6 +396,13 @@ def test_step_with_a_clearer_error(torch_kind: Any, kind: Any, options: Any) -> 
     for args, text in cases:
         with pytest.raises(RuntimeError, match=text):
             ours(*args)
+
+
+def test_unbatched_lstm_takes_the_first_two_of_three_states() -> None:
+    theirs, ours = nn.LSTM(I, H), fastrnn.LSTM(I, H)
+    ours.load_state_dict(theirs.state_dict())
+    x, states = x_of(T, I), (torch.ones(1, H), torch.ones(1, H), x_of(9))
+    torch.testing.assert_close(ours(x, states), theirs(x, states))
 
 
 def test_lstm_cell_refuses_one_tensor_for_two_states() -> None:

@@ -291,6 +291,8 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
         batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
         groups = self.num_layers * (2 if self.bidirectional else 1)
         for k, state in enumerate(states):
+            if state.layout != torch.strided:
+                raise RuntimeError(f"hx must be dense tensors, got {state.layout}")
             width = self.hidden_size if k else self.proj_size or self.hidden_size
             if state.shape != (groups, batch, width):
                 name = "hidden" if len(states) == 1 else f"hidden[{k}]"
@@ -483,7 +485,7 @@ class LSTM(Layers):
                 f"For {kind} input, hx and cx should also be {rank}-D "
                 f"but got ({ranks[0]}-D, {ranks[1]}-D) tensors"
             )
-        if len(hx) != 2:
+        if len(hx) != 2 and rank != 2:  # of which torch.nn takes the first two
             raise RuntimeError("lstm expects two hidden states")
         return h, c
 

@@ -186,11 +186,13 @@ class LSTMCell(Step):
         if hx is None:
             h, c = self._step(input, None, None)
             return h, c
-        if isinstance(hx, Tensor):
+        states = tuple(hx)
+        if not isinstance(hx, (tuple, list)):
             raise TypeError(
-                "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor"
+                "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, "
+                f"not {type(hx).__name__}"
             )
-        if len(states := tuple(hx)) != 2:
+        if len(states) != 2:
             raise RuntimeError("lstm_cell expects two hidden states")
         h, c = self._step(input, *states)
         return h, c
