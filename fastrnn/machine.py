@@ -76,6 +76,12 @@ def build() -> str:
     return found.hexdigest()[:16]
 
 
+def is_present(device: torch.device) -> bool:
+    """Whether it is a CPU, or a GPU that torch can use: no meta device, nor one that torch makes
+    believe."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available())
+
+
 def hardware(device: torch.device) -> Identity:
     """The device itself: what a record's file is named after."""
     if device.type == "cpu":

@@ -235,7 +235,7 @@ def ignored() -> Iterator[None]:
 @functools.cache
 def of(device: torch.device) -> Record | None:
     """The record that choices on the device go by: read once, with a warning if it is unfit."""
-    if not _in_use:
+    if not _in_use or not machine.is_present(device):
         return None
     try:
         return read(device)
