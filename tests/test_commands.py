@@ -18,7 +18,8 @@ import torch
 from fastrnn import machine, record
 from fastrnn.__main__ import COMMANDS, main
 from fastrnn.backends import BACKENDS, refusal
-from fastrnn.commands.check import Kernel, Verdict, judged, kernels_of
+from fastrnn.cells import CELLS
+from fastrnn.commands.check import Kernel, Verdict, judge, judged, kernels_of
 from fastrnn.commands.info import EXAMPLE
 from fastrnn.validation import as_problem, make_inputs
 
@@ -93,6 +94,16 @@ def test_check_takes_every_kernel_of_the_cpu() -> None:
         record.Kernel("aten", "", "lstm", "float32"),
         record.Kernel("aten", "", "lstm", "float16"),
     ]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "aten"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_case_can_be_judged(cell: str, backend: str) -> None:
+    isa = machine.instruction_set() if backend == "cpu" else ""
+    verdict = judge(Kernel("cpu", record.Kernel(backend, isa, cell, "float64")))
+    assert verdict.wrong is None
+    assert verdict.cases >= 20  # a training step and inference of ten layers at least
+    assert 0 < verdict.share <= 1
 
 
 def misbehave(kernels: Sequence[Kernel], connection: Connection) -> None:
