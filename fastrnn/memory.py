@@ -32,18 +32,18 @@ class Memory:
         self.name, self.module = name, module
         rows: tuple[int, ...] = () if batch is None else (batch,)
         L, B, H = 1, batch or 1, module.hidden_size
-        widths, lead, step = [H, H], rows, rows
+        widths, lead, steps = [H, H], rows, rows
         if isinstance(module, Layers):
             L, widths = module.num_layers, [module.proj_size or H, H]
-            lead, step = (L, *rows), (1, B)
+            lead, steps = (L, *rows), (1, B)
         widths = widths[: CELLS[module._cell].states]
         shapes = [(L, B, width) for width in widths]
-        self._given_shapes: list[tuple[int, ...]] = [(*lead, width) for width in widths]
-        # A cell's method takes states as its caller gives them, a layer's with all dimensions.
-        self._method, self._lent_shapes = "_step", self._given_shapes
-        if isinstance(module, Layers):
-            self._method, self._lent_shapes = "_run", [*shapes]
-        self._step_shape = (*step, module.input_size)
+        self._given_shapes = [(*lead, width) for width in widths]
+        self._step_shape = (*steps, module.input_size)
+        # Lent states are handed to the method that all calls of the module come to: a layer's takes
+        # them with all dimensions, a cell's as users give them.
+        self._method = "_run" if isinstance(module, Layers) else "_step"
+        self._lent_shapes = shapes if isinstance(module, Layers) else self._given_shapes
         zeros = tuple(torch.zeros(shape, device="cpu") for shape in shapes)
         self.first = zeros if hx is None else self._parsed(hx, shapes)
         self.carried = self.first

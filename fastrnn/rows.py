@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .functional import as_tensor
+
 
 def mask(rows: Any, batch: int) -> Tensor:
     """`rows` as bools [batch]: an int, a slice, indices, or a mask of bools or of the floats 0 and
@@ -21,11 +23,9 @@ def mask(rows: Any, batch: int) -> Tensor:
     if isinstance(rows, slice):
         chosen[rows] = True
         return chosen
-    given = _tensor(rows)
-    if given.dtype is torch.bool or (given.is_floating_point() and given.numel()):
+    given = as_tensor(rows, "rows", torch.int64)
+    if given.dtype is torch.bool or given.is_floating_point():
         return _checked_mask(given, batch)
-    if not given.numel():
-        return chosen
     named = indices(given, batch).reshape(-1)
     if len(set(named.tolist())) < len(named):
         raise ValueError(f"rows are named twice in {named.tolist()}: a mask should be of bools")
@@ -41,7 +41,7 @@ def indices(rows: Any, batch: int) -> Tensor:
         ValueError: there are more dimensions.
         TypeError: they are no integers, or of uint8, which torch once took for a mask.
     """
-    given = _tensor(rows)
+    given = as_tensor(rows, "rows", torch.int64)
     if given.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
         raise TypeError(f"rows should be signed integers, or a mask of bools, got {given.dtype}")
     if given.dim() > 1:
@@ -62,7 +62,3 @@ def _checked_mask(given: Tensor, batch: int) -> Tensor:
     if given.dtype is not torch.bool and not bool(((given == 0) | (given == 1)).all()):
         raise ValueError("a mask of rows should be of bools, or of floats that are 0 or 1")
     return given.bool()
-
-
-def _tensor(rows: Any) -> Tensor:
-    return rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")

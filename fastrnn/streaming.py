@@ -59,8 +59,8 @@ def stream(
     if isinstance(model, (Layers, Step)):
         return LayerStream(model, [Memory("", model, batch_size, hx)], batch_size, keeps_time)
     hx = {} if hx is None else hx
-    if not hx.keys() <= modules.keys():
-        raise ValueError(f"hx should name layers of {[*modules]}, got {[*hx]}")
+    if not isinstance(hx, dict) or not hx.keys() <= modules.keys():
+        raise ValueError(f"hx should be a dict of the states of layers, by the names {[*modules]}")
     memories = [Memory(name, m, batch_size, hx.get(name)) for name, m in modules.items()]
     return Stream(
         model, memories, batch_size, _time_axis(model, batch_size, batch_first), keeps_time
@@ -293,7 +293,7 @@ class LayerStream(Stream):
         states stay as they are."""
         super().refresh()
         layer, memory = self._model, self._memory
-        self._own = layer.__dict__
+        self._own = layer.__dict__  # with `forward`, if that is replaced on the instance
         self._hooks = (
             layer._forward_pre_hooks,
             layer._forward_hooks,
@@ -302,7 +302,7 @@ class LayerStream(Stream):
         )
         self._key = self._key_now()
         self._intercepted = _INTERCEPTED in self._key or not _is_called_as_made(type(layer))
-        # Which a hook may not have made yet.
+        # A hook may make the weights in a call only.
         weights = [] if self._intercepted else _flat_weights(layer)
         like = weights[0][0] if weights else next(layer.parameters())
         self._dtype, self._device = like.dtype, like.device

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .backends import check_lengths
+from .functional import as_tensor
 from .layout import time_axis, unwrapped
 
 
@@ -91,15 +93,12 @@ def tbptt(
     return _windows(layer, x, detached(hx), (window, stride), reset, lengths, axis)
 
 
-def _checked_lengths(lengths: Any, T: int) -> Tensor:
-    if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, device="cpu")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+def _checked_lengths(given: Any, T: int) -> Tensor:
+    lengths = as_tensor(given, "lengths", torch.int64)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
         raise TypeError(f"lengths should be integers, got {lengths.dtype}")
-    wrong = lengths[(lengths < 0) | (lengths > T)]
-    if len(wrong):
-        raise ValueError(f"lengths should be from 0 to T = {T}, got {int(wrong[0])}")
-    return lengths  # type: ignore[no-any-return]
+    check_lengths(lengths, T)
+    return lengths
 
 
 def _windows(

@@ -596,8 +596,9 @@ def test_models_that_a_stream_cannot_be_made_of() -> None:
         fastrnn.stream(lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs the future"):
         fastrnn.stream(Tagger(bidirectional=True))
-    with pytest.raises(ValueError, match="hx should name layers of"):
-        fastrnn.stream(Tagger(), 3, {"lstm": torch.zeros(1, 3, 6)})
+    for hx in ({"lstm": torch.zeros(1, 3, 6)}, torch.zeros(1, 3, 6)):
+        with pytest.raises(ValueError, match="hx should be a dict of the states of layers, by"):
+            fastrnn.stream(Tagger(), 3, hx)
     mixed = nn.ModuleList([fastrnn.GRU(3, 4), fastrnn.GRU(3, 4, batch_first=True)])
     with pytest.raises(ValueError, match="do not agree on batch_first"):
         fastrnn.stream(mixed, 3)

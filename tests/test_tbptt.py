@@ -231,7 +231,7 @@ def test_rows_that_end_within_the_stream(
 def test_bad_lengths_are_refused() -> None:
     layer, x = fastrnn.GRU(3, 4), torch.randn(9, 2, 3)
     for wrong in ([10, 1], [-1, 3]):
-        with pytest.raises(ValueError, match=f"from 0 to T = 9, got {wrong[0]}"):
+        with pytest.raises(ValueError, match="lengths must be between 0 and 9"):
             fastrnn.tbptt(layer, x, window=4, lengths=wrong)
     for wrong in ([1.0, 2.0], [True, False]):
         with pytest.raises(TypeError, match="lengths should be integers"):
