@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 # A Function for one level of torch.func's nesting, as functorch itself makes of every Function.
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn.modules import module as _module
 
 # Whether anybody has to see a call: kernels read memory, and modes, tracers and transforms do not
 # see that. The documented functions answer for one kind of watcher, or import Dynamo to answer.
@@ -44,6 +45,9 @@ BelowAutograd = _C._AutoDispatchBelowAutograd
 # In an operator's kernel, which runs with autograd out of its way: recording all the same.
 set_excluded_key = _C._SetExcludeDispatchKeyGuard
 DispatchKey = _C.DispatchKey
+
+# The hooks of all modules, which a stream's prepared step would pass over.
+global_hooks = (_module._global_forward_pre_hooks, _module._global_forward_hooks)
 
 # torch.func's nesting as it is now, and what it wraps tensors in. Its documented part transforms
 # functions; a kernel needs to know which levels there are, and what lies below them.

@@ -94,19 +94,15 @@ class Memory:
     def lend(self) -> None:
         """Let the module begin its next call, in this thread, from the carried states, and note
         what it ends with, until :meth:`withdraw`."""
-        run: Any = getattr(self.module, self._method)
-        borrower = threading.get_ident()
+        run, borrower = getattr(self.module, self._method), threading.get_ident()
+        carrying = self._run_layer if isinstance(self.module, Layers) else self._run_cell
         self._ends = None
 
-        def carrying(x: Tensor, states: States | None, *args: Any, **options: Any) -> Any:
-            if threading.get_ident() != borrower:
-                return run(x, states, *args, **options)
-            self._check(x, states)
-            results = run(x, self._lent(x), *args, **options)
-            self._ends = results[1] if isinstance(self.module, Layers) else results
-            return results
+        def lent_to(*args: Any, **options: Any) -> Any:
+            own = threading.get_ident() == borrower
+            return carrying(run, *args, **options) if own else run(*args, **options)
 
-        self.module.__dict__[self._method] = carrying
+        self.module.__dict__[self._method] = lent_to
 
     def withdraw(self) -> None:
         self.module.__dict__.pop(self._method, None)
@@ -127,8 +123,23 @@ class Memory:
             self.follow(ends[0])
         self.keep(ends)
 
-    def _check(self, x: Tensor, states: States | None) -> None:
-        if states is not None:
+    def _run_layer(
+        self, run: Any, x: Tensor, states: States | None, *args: Any, **options: Any
+    ) -> Any:
+        self._check(x, states)
+        results = run(x, self._lent(x), *args, **options)
+        self._ends = results[1]
+        return results
+
+    def _run_cell(self, run: Any, x: Tensor, h: Tensor | None, c: Tensor | None) -> States:
+        self._check(x, h)
+        lent_h, lent_c = (*self._lent(x), None)[:2]
+        ends: States = run(x, lent_h, lent_c)
+        self._ends = ends
+        return ends
+
+    def _check(self, x: Tensor, given: States | Tensor | None) -> None:
+        if given is not None:
             raise RuntimeError(
                 f"{self._who()} is given hx: in a stream it begins from the states that the stream "
                 "carries"

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module  # for the hooks of all modules
 from torch.nn.modules.rnn import RNNCellBase
 
-from . import functional, ops
+from . import _torch, functional, ops
 from .backends import Inputs, Outputs, Prepares, choose
 from .cells import States
 from .layout import is_batch_first, unwrapped
@@ -297,8 +296,7 @@ class LayerStream(Stream):
         self._hooks = (
             layer._forward_pre_hooks,
             layer._forward_hooks,
-            _module._global_forward_pre_hooks,
-            _module._global_forward_hooks,
+            *_torch.global_hooks,
         )
         self._key = self._key_now()
         self._intercepted = _INTERCEPTED in self._key or not _is_called_as_made(type(layer))
