@@ -83,6 +83,15 @@ def assert_close(found: Tensor, truth: Tensor, terms: int, dtype: torch.dtype) -
     assert rms(found - truth) <= floor(dtype, terms, truth.numel()) * rms(truth)
 
 
+def assert_right(ours: Named, cell: str, case: Case, inputs: Inputs) -> None:
+    """What a layer made of these inputs is within the budget."""
+    dtype = inputs.x.dtype
+    exact = run(cell, case, inputs.to(torch.float64), "reference")
+    plain = run_plain(cell, case, inputs.to(dtype))
+    terms = case.T * case.B + case.I + case.H
+    assert_within_budget(ours, plain, exact, dtype, terms)
+
+
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Fresh memory holds NaN: whatever a kernel reads before writing shows."""

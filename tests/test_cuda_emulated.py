@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from emulation.build import load
-from helpers import Case, Truth, make_inputs, run, using
+from helpers import Case, Truth, assert_right, make_inputs, run, using
 from test_kernels import poisoned
 from torch import Tensor
 
@@ -123,6 +123,16 @@ def test_values_and_gradients(cell: str, case: Case, dtype: torch.dtype, emulate
     with poisoned():
         ours = run(cell, case, inputs, "emulated")
     truth(cell, case, dtype).check(ours)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_huge_input_moves_no_gradient_through_a_shut_gate(cell: str, emulated: Cuda) -> None:
+    case = Case(4, 1, 2, 3)
+    inputs = make_inputs(cell, case, torch.float32)
+    with torch.no_grad():
+        inputs.x[2, 0, 1] = 9.96921e36
+    ours = run(cell, case, inputs, "emulated")
+    assert_right(ours, cell, case, inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -129,11 +129,12 @@ template <class T>
 struct Exp;
 
 // Cody-Waite: x = n ln2 + r, |r| <= ln2 / 2; expm1(r) = r + r^2 q(r), q fitted (Lawson's weighted minimax) to relative
-// error 1.3e-8 and 1.8e-17. `magic` rounds to an integer by addition and leaves it in the low bits.
+// error 1.3e-8 and 1.8e-17. `magic` rounds to an integer by addition and leaves it in the low bits. e^-max is hardly
+// larger than the smallest normal number.
 template <>
 struct Exp<float> {
   using Int = int32_t;
-  static constexpr float max = 87.0f, tanh_max = 10.0f, magic = 12582912.0f;
+  static constexpr float max = 87.3365f, tanh_max = 10.0f, magic = 12582912.0f;
   static constexpr float log2e = 1.44269504f, ln2_hi = 0.693145752f, ln2_lo = 1.42860677e-6f;
   static constexpr int mantissa = 23, bias = 127;
   static constexpr float q[] = {0.4999999815f, 0.1666654361f, 0.04166720007f, 0.008366521376f, 0.001388250696f};
@@ -142,7 +143,7 @@ struct Exp<float> {
 template <>
 struct Exp<double> {
   using Int = int64_t;
-  static constexpr double max = 707.0, tanh_max = 20.0, magic = 6755399441055744.0;
+  static constexpr double max = 708.3964, tanh_max = 20.0, magic = 6755399441055744.0;
   static constexpr double log2e = 1.4426950408889634074, ln2_hi = 0.69314718036912381649,
                           ln2_lo = 1.9082149292705877e-10;
   static constexpr int mantissa = 52, bias = 1023;
@@ -205,9 +206,12 @@ FASTRNN_INLINE Vec<S> at_least(Vec<S> x, S limit) {
 template <class S>
 struct VecMath {
   using V = Vec<S>;
+  // Exactly zero, rather than the smallest normal number, below -max, where e^-x would overflow: what a shut gate keeps
+  // of a huge input would show in the gradients.
   static FASTRNN_INLINE V sigmoid(V x) {
-    const ExpParts<S> e = exp_parts<S>(at_least<S>(at_most<S>(-x, Exp<S>::max), -Exp<S>::max));
-    return reciprocal<S>(1 + (e.scale + e.scale * e.p));
+    const ExpParts<S> e = exp_parts<S>(at_least<S>(-x, -Exp<S>::max));
+    const V y = reciprocal<S>(1 + (e.scale + e.scale * e.p));
+    return x < -Exp<S>::max ? V{} : y;
   }
   // With m = e^2|x| - 1, m / (m + 2) keeps relative accuracy near 0, and 1 - 2 / (m + 2) that of 1 - |tanh x| near 1,
   // which the derivative lives on.

@@ -27,13 +27,15 @@ FASTRNN_DEVICE ExpParts exp_parts(float x) {
   return {from_bits((to_bits(shifted) + 127u) << 23), multiply_add(q, r * r, r)};
 }
 
-// Clamps are written so that NaN passes.
+// Comparisons are written so that NaN passes.
 template <>
 struct Math<float> {
+  // Exactly zero where e^-x would overflow: see cpu/vec.h.
   static FASTRNN_DEVICE float sigmoid(float x) {
-    const float y = x < -87.0f ? 87.0f : x > 87.0f ? -87.0f : -x;
-    const ExpParts e = exp_parts(y);
-    return cuda::divide(1.0f, cuda::multiply_add(e.scale, e.p, e.scale) + 1.0f);
+    constexpr float max = 87.3365f;
+    const ExpParts e = exp_parts(x > max ? -max : -x);
+    const float y = cuda::divide(1.0f, cuda::multiply_add(e.scale, e.p, e.scale) + 1.0f);
+    return x < -max ? 0.0f : y;
   }
 
   // With m = e^2|x| - 1, m / (m + 2) keeps relative accuracy near 0.
