@@ -8,8 +8,8 @@ import math
 import numpy
 import pytest
 import torch
-from helpers import Case, assert_right, make_inputs, run, using
-from test_kernels import DTYPES, isa, poisoned
+from helpers import Case, assert_right, make_inputs, rms, run, using
+from test_kernels import DTYPES, isa, poisoned, truth
 from torch import Tensor
 
 from fastrnn import functional
@@ -61,6 +61,29 @@ def test_a_huge_input_moves_no_gradient_through_a_shut_gate(
     with isa(name):
         ours = run(cell, case, inputs, "cpu")
     assert_right(ours, cell, case, inputs)
+
+
+@EVERY_SET
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_of_weights_over_many_rows_err_as_blocked_sums(cell: str, name: str) -> None:
+    case = Case(40, 500, 16, 16)
+    expected = truth(cell, case, torch.float32)
+    with isa(name), poisoned():
+        ours = run(cell, case, make_inputs(cell, case, torch.float32), "cpu")
+    expected.check(ours)
+
+
+@EVERY_SET
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_gradient_of_a_large_layers_input_errs_no_more_than_twice_torchs(
+    cell: str, name: str
+) -> None:
+    """Each element is a sum over all units and gates."""
+    case = Case(2, 8, 16, 1024, hx=False)
+    expected = truth(cell, case, torch.float32)
+    with isa(name):
+        ours = run(cell, case, make_inputs(cell, case, torch.float32), "cpu")
+    assert rms(ours["dx"].double() - expected.exact["dx"]) <= 2 * expected.plain["dx"]
 
 
 def values_of(function: str, x: Tensor) -> Tensor:

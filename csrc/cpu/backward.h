@@ -105,7 +105,7 @@ class BackwardScan {
         y_(group_columns<T>(args.y, g, out_)),
         dy_(group_columns<T>(args.dy, g, out_)),
         dc_(group_columns<T>(args.dc, g, args.H)),
-        stage_(layout.products.stage) {}
+        stage_(layout.products.stage(0)) {}
 
   void run() {
     start_states();

@@ -5,6 +5,8 @@
 // kDepthPad<T> with zeros. The inner loop keeps MR x NV accumulators in registers: 24 of AVX-512's 32, 12 of 16.
 #pragma once
 
+#include <limits>
+
 #include "problem.h"
 #include "vec.h"
 
@@ -110,31 +112,41 @@ inline constexpr int kPair = 1;
 template <>
 inline constexpr int kPair<bf16> = 2;
 
-// C, rows c_stride apart, begins with the rows at `init`: the bias, repeated by init_stride 0, or the C of an earlier
+// Steps of depth that one accumulator sums up. A deeper product is the sum of such sums, for the error of a sum grows
+// with the square root of its terms. The result of bf16 is rounded by far more than any sum of floats errs.
+template <class T>
+inline constexpr int64_t kSumDepth = 64;
+template <>
+inline constexpr int64_t kSumDepth<bf16> = std::numeric_limits<int64_t>::max();
+
+// C, rows c_stride apart, is added to the rows at `init`: the bias, repeated by init_stride 0, or the C of an earlier
 // part of K. `ahead` is weights soon wanted: one cache line of it is fetched into L2 for every k, so that panels that
 // come from beyond L2 arrive while earlier ones are multiplied.
 template <class T, int MR, int NV>
 void block(const T* a, int64_t lda, const T* panel, int64_t K, const Acc<T>* init, int64_t init_stride, Acc<T>* c,
            int64_t c_stride, const void* ahead) {
   using A = Acc<T>;
-  AccVec<T> acc[MR * NV];
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[r * NV + v] = load(init + r * init_stride + v * kLanes<A>);
-  }
   const char* line = static_cast<const char*>(ahead);
-  for (int64_t k = 0; k < K; k += kPair<T>) {
-    __builtin_prefetch(line, 0, 2);
-    line += kLineBytes;
-    multiply_add(acc, MR, NV, a + k, lda, panel);
-    panel += NV * kLanes<A> * kPair<T>;
-  }
+  int64_t k = 0;
+  do {
+    const int64_t end = K - k < kSumDepth<T> ? K : k + kSumDepth<T>;
+    AccVec<T> acc[MR * NV] = {};
+    for (; k < end; k += kPair<T>) {
+      __builtin_prefetch(line, 0, 2);
+      line += kLineBytes;
+      multiply_add(acc, MR, NV, a + k, lda, panel);
+      panel += NV * kLanes<A> * kPair<T>;
+    }
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) {
+    for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store(c + r * c_stride + v * kLanes<A>, acc[r * NV + v]);
-  }
+      for (int v = 0; v < NV; ++v) {
+        store(c + r * c_stride + v * kLanes<A>, load(init + r * init_stride + v * kLanes<A>) + acc[r * NV + v]);
+      }
+    }
+    init = c;
+    init_stride = c_stride;
+  } while (k < K);
 }
 
 template <class T>

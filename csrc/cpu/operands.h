@@ -62,8 +62,10 @@ struct ProductsLayout {
                             (args.P ? first.whole_h.panels * first.whole_h.width() : kMaxVectors * kLanes<A>);
     const Copies threads = share.of_threads();
     lhs = arena.take<T>(kTaskRows * kSpan, threads);
-    sums = arena.take<A>(kTaskRows, threads);
-    stage = arena.take<A>(kTaskRows * columns, threads);
+    // For all N rows, since one sample may have nearly all of them.
+    const int levels = 1 + halvings(ceil_div(args.seq.N, kSpan));
+    level_size = kTaskRows * (1 + columns);
+    level_data = arena.take<A>(levels * level_size, threads);
     lhs_parts = {arena.take<bf16>(split ? kParts * kTaskRows * kSpan : 0, threads), kTaskRows * kSpan};
   }
 
@@ -76,8 +78,11 @@ struct ProductsLayout {
   GroupBuffers group[kMaxGroups];
   T* lhs;                 // [kTaskRows, kSpan] of this thread: dgates transposed
   Split<bf16> lhs_parts;  // the same split
-  A* sums;                // [kTaskRows]
-  A* stage;               // [panels][kTaskRows][width]: the C of a task
+  // A task's column sums [kTaskRows] and C [panels][kTaskRows][width], once for each level of a pairwise sum.
+  int64_t level_size;
+  A* level_data;
+  A* sums(int level) const { return level_data + level * level_size; }
+  A* stage(int level) const { return sums(level) + kTaskRows; }
 };
 
 // What stands to the left in a weight's gradient: dgates, or the gradient of the projected states.

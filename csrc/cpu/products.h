@@ -162,7 +162,7 @@ class Products {
         const T* const dgates = layout_.group[g].dgates_x + n0 * layout_.depth + k;
         const LeftRows<T> lhs = left_rows(dgates, layout_.depth, rows, depth);
         for (int64_t p = 0; p < x.panels; ++p) {
-          A* const c = layout_.stage + p * kTaskRows * width;
+          A* const c = layout_.stage(0) + p * kTaskRows * width;
           multiply(lhs, rows, w.from(p, k), depth, x.nv, first ? kZeros : c, first ? 0 : width, c, width,
                    w.from(p + 1 < x.panels ? p + 1 : 0, k));
         }
@@ -170,7 +170,7 @@ class Products {
     }
     for (int64_t p = 0; p < x.panels; ++p) {
       for (int64_t r = 0; r < rows; ++r) {
-        store_panel(of_.dx_row(input, n0 + r), args_.I, layout_.stage + (p * kTaskRows + r) * width, p, x.nv);
+        store_panel(of_.dx_row(input, n0 + r), args_.I, layout_.stage(0) + (p * kTaskRows + r) * width, p, x.nv);
       }
     }
   }
@@ -188,26 +188,67 @@ class Products {
                         const Target<T>& b) {
     if (!a.wanted() && !b.wanted()) return;
     const int64_t M = left.gates * left.padded, rows = M - m0 < most ? M - m0 : most;
-    A* const a_stage = layout_.stage;
-    A* const b_stage = a_stage + a.right->panels * kTaskRows * a.right->width();
-    std::memset(layout_.sums, 0, kTaskRows * sizeof(A));
-    const Range spans = order_.spans_of(sample);
+    const WeightTask task{left, a, b, sample, m0, rows};
+    sum_spans(task, order_.spans_of(sample), 0);
+    store_gradient(task, a, a_stage(0));
+    store_gradient(task, b, b_stage(task, 0));
+  }
+
+  // Rows [m0, m0 + rows) of the gradients of a weight, or of two that have their left side in common.
+  struct WeightTask {
+    const Left<T>& left;
+    const Target<T>&a, &b;
+    int64_t sample, m0, rows;
+  };
+
+  A* a_stage(int level) const { return layout_.stage(level); }
+  A* b_stage(const WeightTask& task, int level) const {
+    return a_stage(level) + task.a.right->panels * kTaskRows * task.a.right->width();
+  }
+
+  // Column sums and C of a task over the spans, into a level. Many spans are halved, and the second half's sums come by
+  // way of the next level.
+  void sum_spans(const WeightTask& task, Range spans, int level) {
+    if (spans.size() <= kChainSpans) return chain_spans(task, spans, level);
+    const int64_t middle = spans.begin + ceil_div(spans.size(), 2);
+    sum_spans(task, {spans.begin, middle}, level);
+    sum_spans(task, {middle, spans.end}, level + 1);
+    add(layout_.sums(level), layout_.sums(level + 1), kTaskRows);
+    add_products(task.a, task.rows, a_stage(level), a_stage(level + 1));
+    add_products(task.b, task.rows, b_stage(task, level), b_stage(task, level + 1));
+  }
+
+  static void add(A* to, const A* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += lanes) store(to + i, load(to + i) + load(from + i));
+  }
+
+  static void add_products(const Target<T>& target, int64_t rows, A* to, const A* from) {
+    if (!target.dw) return;
+    const int64_t width = target.right->width();
+    for (int64_t p = 0; p < target.right->panels; ++p, to += kTaskRows * width, from += kTaskRows * width) {
+      add(to, from, rows * width);
+    }
+  }
+
+  void chain_spans(const WeightTask& task, Range spans, int level) {
+    A* const sums = layout_.sums(level);
+    std::memset(sums, 0, kTaskRows * sizeof(A));
     for (int64_t i = spans.begin; i < spans.end; ++i) {
       const Span& span = order_.span(i);
       const bool first = i == spans.begin, last = i + 1 == spans.end;
-      pack_transposed(layout_.lhs, layout_.sums, left.data + m0, left.ld, order_, span, rows);
-      const LeftRows<T> lhs = left_rows(layout_.lhs, transposed_ld<T>(span), rows, span.depth);
-      if (a.dw) add_span(lhs, a, span, first, rows, a_stage, last ? direct_rows(left, sample, m0, a) : nullptr);
-      if (b.dw) add_span(lhs, b, span, first, rows, b_stage, last ? direct_rows(left, sample, m0, b) : nullptr);
+      pack_transposed(layout_.lhs, sums, task.left.data + task.m0, task.left.ld, order_, span, task.rows);
+      const LeftRows<T> lhs = left_rows(layout_.lhs, transposed_ld<T>(span), task.rows, span.depth);
+      add_span(lhs, task.a, span, first, task.rows, a_stage(level), last ? direct_rows(task, task.a) : nullptr);
+      add_span(lhs, task.b, span, first, task.rows, b_stage(task, level), last ? direct_rows(task, task.b) : nullptr);
     }
-    store_gradient(left, sample, m0, rows, a, a_stage);
-    store_gradient(left, sample, m0, rows, b, b_stage);
   }
 
-  // Where C of the last span is wanted from m0 on, if its rows lie there as they are computed.
-  static A* direct_rows(const Left<T>& left, int64_t sample, int64_t m0, const Target<T>& out) {
+  // Where C of the last span is wanted, if nothing else is to be added and its rows lie there as they are computed.
+  A* direct_rows(const WeightTask& task, const Target<T>& out) const {
     if constexpr (std::is_same_v<T, A>) {
-      if (left.units == left.padded) return out.dw_row(sample, left.rows(), m0);
+      const bool whole = order_.spans_of(task.sample).size() <= kChainSpans;
+      const Left<T>& left = task.left;
+      if (out.dw && whole && left.units == left.padded) return out.dw_row(task.sample, left.rows(), task.m0);
     }
     return nullptr;
   }
@@ -216,6 +257,7 @@ class Products {
   // Panels that are whole go to `direct`, where it is given.
   void add_span(const LeftRows<T>& lhs, const Target<T>& out, const Span& span, bool first, int64_t rows, A* stage,
                 A* direct) const {
+    if (!out.dw) return;
     const RowPanels<T>& right = *out.right;
     const int64_t width = right.width();
     for (int64_t p = 0; p < right.panels; ++p) {
@@ -227,18 +269,18 @@ class Products {
     }
   }
 
-  void store_gradient(const Left<T>& left, int64_t sample, int64_t m0, int64_t rows, const Target<T>& out,
-                      const A* stage) const {
+  void store_gradient(const WeightTask& task, const Target<T>& out, const A* stage) const {
     if (!out.wanted()) return;
+    const Left<T>& left = task.left;
+    const int64_t sample = task.sample, all = left.rows();
     const Range spans = order_.spans_of(sample);
     const RowPanels<T>& right = *out.right;
-    const int64_t all = left.rows();
-    const bool direct = out.dw && direct_rows(left, sample, m0, out);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t gate = (m0 + r) / left.padded, unit = (m0 + r) % left.padded;
+    const bool direct = direct_rows(task, out) != nullptr;
+    for (int64_t r = 0; r < task.rows; ++r) {
+      const int64_t gate = (task.m0 + r) / left.padded, unit = (task.m0 + r) % left.padded;
       if (unit >= left.units) continue;
       const int64_t row = gate * left.units + unit;
-      if (out.db) store_first(out.db_row(sample, all, row), broadcast(layout_.sums[r]), 1);
+      if (out.db) store_first(out.db_row(sample, all, row), broadcast(layout_.sums(0)[r]), 1);
       if (!out.dw) continue;
       T* const to = out.dw_row(sample, all, row);
       if (spans.begin == spans.end) std::memset(to, 0, right.columns * sizeof(T));

@@ -8,8 +8,12 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-// Rows that one part of the inner dimension spans.
-inline constexpr int64_t kSpan = 256;
+// Rows that one part of the inner dimension spans, and spans that are summed up one after the other: sums of more are
+// taken pairwise, so that rounding errors do not grow with the number of rows.
+inline constexpr int64_t kSpan = 256, kChainSpans = 8;
+
+// How often `spans` spans must be halved until chains of them are left.
+constexpr int halvings(int64_t spans) { return spans <= kChainSpans ? 0 : 1 + halvings(ceil_div(spans, 2)); }
 // Most outputs of a task. The more, the less often the right-hand sides are fetched from beyond L2, which tiles wait
 // for longer than vectors do.
 inline constexpr int64_t kTaskRows = kTiles ? 256 : 96;

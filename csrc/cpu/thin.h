@@ -118,11 +118,21 @@ class ThinProducts {
       for (int64_t g = groups.begin; g < groups.end; ++g) {
         const T* w = static_cast<const T*>(args_.groups[g].w_ih) + column;
         const T* const dgates = layout_.group[g].dgates_x + n * layout_.depth;
-        for (int k = 0; k < gates_; ++k) add_rows(sums, dgates + k * Hp_, w + k * H * args_.I, args_.I, H, columns);
+        for (int k = 0; k < gates_; ++k) add_gate(sums, dgates + k * Hp_, w + k * H * args_.I, columns);
       }
       for (int64_t v = 0; v < kSummedVectors && v * lanes < columns; ++v) {
         store_first(of_.dx_row(input, n) + column + v * lanes, sums[v], columns - v * lanes);
       }
+    }
+  }
+
+  // sums += dgates of one gate times its rows of W_ih, in blocks as gemm.h sums them.
+  void add_gate(V (&sums)[kSummedVectors], const T* dgates, const T* w, int64_t columns) const {
+    for (int64_t u = 0; u < args_.H; u += kSumDepth<A>) {
+      const int64_t left = args_.H - u, rows = left < kSumDepth<A> ? left : kSumDepth<A>;
+      V block[kSummedVectors] = {};
+      add_rows(block, dgates + u, w + u * args_.I, args_.I, rows, columns);
+      for (int v = 0; v < kSummedVectors; ++v) sums[v] += block[v];
     }
   }
 

@@ -27,7 +27,14 @@ from .cases import (
 CPU = torch.device("cpu")
 FACTOR = 2.0
 TF32_EPS = 2.0**-10  # as torch.finfo's
+BLOCK = 256  # terms of a sum that may be added one after the other
 KINKED = {"rnn_relu"}  # cells whose derivative jumps where the new state becomes 0
+
+
+def roundings(terms: int) -> int:
+    """The most additions that a term of a sum of so many goes through, where blocks of terms have
+    sums of their own, and those are added pairwise."""
+    return min(terms, BLOCK) + math.ceil(math.log2(max(terms / BLOCK, 1)))
 
 
 def floor(dtype: torch.dtype, terms: int, elements: int, eps: float | None = None) -> float:
@@ -35,8 +42,8 @@ def floor(dtype: torch.dtype, terms: int, elements: int, eps: float | None = Non
     `dtype` may have, besides what plain PyTorch has.
 
     A rounding error is up to half an ulp, 1/sqrt(3) of that in the mean square, and independent
-    errors add up like a random walk. A result is a sum of up to `terms` products, so there are
-    `terms` roundings of the accumulator (float32 or wider), 16 more for an activation (exp, sum,
+    errors add up like a random walk. A result is a sum of up to `terms` products, with its
+    :func:`roundings` of the accumulator (float32 or wider), 16 more for an activation (exp, sum,
     quotient), its derivative and the product of up to six of those, and 4 of `dtype`: those of
     three factors that come out of memory (activation, incoming gradient, state) and of the result.
     The mean over n elements scatters by 1/sqrt(2n) of itself, of which three times are allowed. In
@@ -45,7 +52,7 @@ def floor(dtype: torch.dtype, terms: int, elements: int, eps: float | None = Non
     """
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     wide, narrow = torch.finfo(accumulator).eps, eps or torch.finfo(dtype).eps
-    ulps = math.sqrt(4) * narrow + math.sqrt(terms + 16) * wide
+    ulps = math.sqrt(4) * narrow + math.sqrt(roundings(terms) + 16) * wide
     truth = 4 if dtype == torch.float64 else 1
     return truth * ulps / 2 / math.sqrt(3) * (1 + 3 / math.sqrt(2 * max(elements, 1)))
 
