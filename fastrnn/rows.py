@@ -23,7 +23,7 @@ def mask(rows: Any, batch: int) -> Tensor:
     if isinstance(rows, slice):
         chosen[rows] = True
         return chosen
-    given = as_tensor(rows, "rows", torch.int64)
+    given = _tensor(rows)
     if given.dtype is torch.bool or given.is_floating_point():
         return _checked_mask(given, batch)
     named = indices(given, batch).reshape(-1)
@@ -41,7 +41,7 @@ def indices(rows: Any, batch: int) -> Tensor:
         ValueError: there are more dimensions.
         TypeError: they are no integers, or of uint8, which torch once took for a mask.
     """
-    given = as_tensor(rows, "rows", torch.int64)
+    given = _tensor(rows)
     if given.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
         raise TypeError(f"rows should be signed integers, or a mask of bools, got {given.dtype}")
     if given.dim() > 1:
@@ -62,3 +62,9 @@ def _checked_mask(given: Tensor, batch: int) -> Tensor:
     if given.dtype is not torch.bool and not bool(((given == 0) | (given == 1)).all()):
         raise ValueError("a mask of rows should be of bools, or of floats that are 0 or 1")
     return given.bool()
+
+
+def _tensor(rows: Any) -> Tensor:
+    # Of NumPy's scalars, which torch 2.6 does not read, the value in Python.
+    is_scalar = not isinstance(rows, Tensor) and getattr(rows, "ndim", None) == 0
+    return as_tensor(rows.item() if is_scalar else rows, "rows", torch.int64)

@@ -204,12 +204,21 @@ def test_rows_that_are_none_are_refused(rows: Any, error: type, message: str) ->
     assert torch.equal(step.states, kept)
 
 
-@pytest.mark.parametrize("done", [True, np.bool_(True), torch.tensor(1.0), [1.0], np.array([True])])
-def test_one_row_takes_a_flag(done: Any) -> None:
+@pytest.mark.parametrize(
+    ("done", "going_on"),
+    [
+        (True, False),
+        (np.bool_(True), np.bool_(False)),
+        (torch.tensor(1.0), torch.tensor(0.0)),
+        ([1.0], [0.0]),
+        (np.array([True]), np.array([False])),
+    ],
+)
+def test_one_row_takes_a_flag(done: Any, going_on: Any) -> None:
     for batch in (1, None):
         step = fastrnn.stream(fastrnn.GRU(3, 4), batch)
         step(torch.randn(3) if batch is None else torch.randn(1, 3))
-        step.reset(torch.as_tensor(done) == 0)
+        step.reset(going_on)
         assert step.states.any()
         step.reset(done)
         assert not step.states.any()
