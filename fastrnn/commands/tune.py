@@ -21,13 +21,15 @@ import torch
 
 from .. import record
 from ..backends import BACKENDS, Backend, Problem, backend, refusal
-from ..timing import Subject, alternate
+from ..timing import Subject, alternate, sample
 from ..validation import Case, as_function, as_problem, make_inputs
 from .options import DTYPES, add_selection
 
 T = 16
 MODES = ("inference", "training")
+CPU_GRID, GPU_GRID = ((32, 128, 512), (1, 8, 32)), ((64, 256, 1024), (1, 16, 128))  # of H, of B
 LEAST = 3  # samples of a backend at a point
+OUT = 3.0  # times as slow as the fastest at first, a backend is not timed again
 
 
 class Point(NamedTuple):
@@ -48,21 +50,23 @@ class Point(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--hidden", nargs="+", type=int, default=[32, 128, 512], metavar="H")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64], metavar="B")
+    parser.add_argument("--hidden", nargs="+", type=int, metavar="H", help=_grid_help(0))
+    parser.add_argument("--batch", nargs="+", type=int, metavar="B", help=_grid_help(1))
     parser.add_argument(
         "--seconds", type=float, default=80.0, help="for each device (default: %(default)s)"
     )
 
 
+def _grid_help(axis: int) -> str:
+    cpu, gpu = (" ".join(map(str, grid[axis])) for grid in (CPU_GRID, GPU_GRID))
+    return f"(default: {cpu} on a CPU, {gpu} on a GPU)"
+
+
 def run(options: argparse.Namespace) -> int:
-    grid = [
-        Point(*point)
-        for point in product(
-            options.cell, options.dtype, options.mode, options.hidden, options.batch
-        )
-    ]
     for device in options.device:
+        hidden, batch = CPU_GRID if device.type == "cpu" else GPU_GRID
+        axes = (options.mode, options.hidden or hidden, options.batch or batch)
+        grid = [Point(*point) for point in product(options.cell, options.dtype, *axes)]
         contests = {point: names for point in grid if len(names := contestants(point, device)) > 1}
         if not contests:
             print(f"{device}: at no point more than one backend can serve: nothing to tune")
@@ -101,10 +105,24 @@ def timed(
     for k, (point, names) in enumerate(contests.items()):
         show_progress(f"{device}: {k + 1} of {len(contests)}: {point}")
         each = max(0.0, end - time.perf_counter()) / (len(contests) - k) / len(names)
-        timings = alternate(subjects(point, device, names), each, LEAST)
-        best = {name: timing.best for name, timing in timings.items()}
+        best = best_times(subjects(point, device, names), each)
         yield record.Times(point.cell, point.dtype, point.training, point.H, point.B, best)
     show_progress("")
+
+
+def best_times(calls: dict[str, Subject], seconds: float) -> dict[str, float]:
+    """Seconds of a call, the best of those taken in about so many seconds for each. Backends that
+    are far behind after one call, and all where there are no seconds left, keep the time of that
+    one."""
+    best = {}
+    for name, call in calls.items():
+        call()  # the first allocates, packs and compiles
+        best[name] = sample(call, 1)
+    close = {name: call for name, call in calls.items() if best[name] <= OUT * min(best.values())}
+    if len(close) > 1 and seconds > 0:
+        timings = alternate(close, seconds, LEAST)
+        best |= {name: timing.best for name, timing in timings.items()}
+    return best
 
 
 def subjects(point: Point, device: torch.device, names: Sequence[str]) -> dict[str, Subject]:
