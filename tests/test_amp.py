@@ -231,3 +231,16 @@ def test_compiled_cell(torch_kind: Any, kind: Any, options: Any) -> None:
     compiled = torch.compile(cell, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(compiled(x), cell(x))
+
+
+def test_dtypes_that_are_not_those_of_torch_nn() -> None:
+    """What docs/amp.md says of the two: on the CPU, with an input of float32."""
+    x = torch.randn(5, 3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert nn.GRU(4, 6)(x)[0].dtype == torch.float32
+        assert nn.RNN(4, 6)(x)[0].dtype == nn.RNNCell(4, 6)(x[0]).dtype == torch.bfloat16
+        assert nn.GRUCell(4, 6)(x[0]).dtype == torch.float32
+        for layer in (fastrnn.LSTM(4, 6), fastrnn.GRU(4, 6), fastrnn.RNN(4, 6)):
+            assert layer(x)[0].dtype == torch.bfloat16
+        assert fastrnn.RNNCell(4, 6)(x[0]).dtype == fastrnn.GRUCell(4, 6)(x[0]).dtype
+        assert fastrnn.RNNCell(4, 6)(x[0]).dtype == torch.float32

@@ -88,11 +88,11 @@ def test_nonlinearity() -> None:
 
 
 def x_of(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.zeros(*shape, dtype=dtype)
+    return torch.zeros(shape, dtype=dtype)
 
 
 def hx(kind: str, *shape: int, dtype: torch.dtype = torch.float32) -> Any:
-    h = torch.zeros(*shape, dtype=dtype)
+    h = torch.zeros(shape, dtype=dtype)
     return (h, h.clone()) if "LSTM" in kind else h
 
 
@@ -403,6 +403,50 @@ def test_unbatched_lstm_takes_the_first_two_of_three_states() -> None:
     ours.load_state_dict(theirs.state_dict())
     x, states = x_of(T, I), (torch.ones(1, H), torch.ones(1, H), x_of(9))
     torch.testing.assert_close(ours(x, states), theirs(x, states))
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.int64, torch.bool, torch.complex64]
+SHAPES = [
+    (),
+    (I,),
+    (T, I),
+    (T, B, I),
+    (1, T, B, I),
+    (T, B, I + 1),
+    (T, I + 1),
+    (T, B, 0),
+    (0, B, I),
+]
+STATES = [
+    (),
+    (H,),
+    (B, H),
+    (1, H),
+    (1, B, H),
+    (1, 1, B, H),
+    (1, B + 1, H),
+    (1, 1, H),
+    (1, B, H + 1),
+]
+
+
+def assert_same_types_of_errors(theirs: nn.Module, ours: nn.Module, xs: Any, states: Any) -> None:
+    """Of calls with every input, and of calls with the first input and every state."""
+    mode = type(theirs).__name__
+    calls = [(x_of(*shape, dtype=dtype),) for shape in xs for dtype in DTYPES]
+    for shape in states:
+        for dtype in DTYPES:
+            state = hx(mode, *shape, dtype=dtype)
+            calls += [(x, state) for x in (x_of(T, B, I), x_of(T, I), x_of(B, I), x_of(I))]
+    for args in calls:
+        expected, found = outcome(lambda a=args: theirs(*a)), outcome(lambda a=args: ours(*a))  # type: ignore[misc]
+        assert type(found) is type(expected), (args, expected, found)
+
+
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), [*LAYERS, *STEPS])
+def test_types_of_errors(torch_kind: Any, kind: Any, options: Any) -> None:
+    theirs, ours = torch_kind(I, H, **options), kind(I, H, **options)
+    assert_same_types_of_errors(theirs, ours, SHAPES, STATES)
 
 
 def test_lstm_cell_refuses_one_tensor_for_two_states() -> None:
