@@ -91,12 +91,13 @@ def saves_elsewhere() -> bool:
 _top_hooks: Any = getattr(_C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
-def is_exporting() -> bool:
-    """``torch.compiler.is_exporting``, which came with torch 2.7: before, what it asks had no
-    function."""
+def wants_operators_alone() -> bool:
+    """Whether what is traced is to have the operator without an autograd.Function around it: in
+    exported programs (``torch.compiler.is_exporting``). Before torch 2.7, which does not tell
+    exporting from compiling, and whose Dynamo fails on a Function that returns None, always."""
     if _asks_for_export is not None:
         return bool(_asks_for_export())
-    return bool(torch.compiler._is_compiling_flag)
+    return torch.compiler.is_compiling()
 
 
 _asks_for_export: Any = getattr(torch.compiler, "is_exporting", None)

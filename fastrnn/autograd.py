@@ -202,11 +202,13 @@ def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, T
     off for: y, h_n, c_n and c."""
     problem, backend, plain, *_ = route
     if backend.differentiable:
-        return backend.forward(problem, inputs, False)[:4]
-    if not problem.grad or (not plain and _torch.is_exporting()):
+        y, h_n, c_n, c, _ = backend.forward(problem, inputs, False)
+        return y, h_n, c_n, c
+    if not problem.grad or (not plain and _torch.wants_operators_alone()):
         # In exported programs the operator stands alone, with its own gradients (_operator): strict
         # export would put Scan.forward there, under the no_grad that a Function's forward runs in.
-        return route.forward(inputs, False)[:4]
+        y, h_n, c_n, c, _ = route.forward(inputs, False)
+        return y, h_n, c_n, c
     x, batch_sizes, lengths, reset, states, weights = inputs
     apply = _apply_plain if plain else Scan.apply
     outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = apply(  # type: ignore[no-untyped-call]

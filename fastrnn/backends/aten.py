@@ -62,7 +62,9 @@ class _Aten:
         if problem.all_states:
             return "torch's layers do not return the cell state of every step"
         if problem.reverse not in _DIRECTIONS:
-            return f"torch's layers have one direction or two, not {problem.G} other groups"
+            return (
+                f"torch's layers have one direction or two, not {len(problem.reverse)} other groups"
+            )
         if problem.grouped:
             return "the directions of torch's layers read the same input"
         if problem.stacked:

@@ -21,7 +21,10 @@ UNVALIDATED = (
 
 
 class Problem(NamedTuple):
-    """What a backend needs to know to accept or refuse one layer call."""
+    """What a backend needs to know to accept or refuse one layer call.
+
+    Before torch 2.10 Dynamo follows no property of a NamedTuple: what it traces, `supports` and the
+    reference's forward pass, reads fields alone."""
 
     cell: Cell
     dtype: torch.dtype
@@ -86,7 +89,8 @@ class Inputs(NamedTuple):
         """The flat list's part that is of one group."""
         if problem.stacked:
             return [None if w is None else w[group] for w in self.weights]
-        return self.weights[group * problem.per_group :][: problem.per_group]
+        each = 5 if problem.P else 4
+        return self.weights[group * each :][:each]
 
     @property
     def h0(self) -> Tensor | None:

@@ -85,8 +85,9 @@ class _Cpu:
             return f"no kernel for the cell {problem.cell.name}"
         if problem.P and problem.cell.states == 1:
             return f"the kernels have no projection for the cell {problem.cell.name}"
-        if problem.G > _C.max_groups:
-            return f"the kernels take at most {_C.max_groups} groups, not {problem.G}"
+        groups = len(problem.reverse)
+        if groups > _C.max_groups:
+            return f"the kernels take at most {_C.max_groups} groups, not {groups}"
         return None
 
     def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:

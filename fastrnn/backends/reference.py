@@ -109,17 +109,17 @@ class Reference:
     def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
         if inputs.unbatched():
             return self.forward(problem, inputs.with_batch(), save).without_batch()
-        cell, G, B, I = problem.cell, problem.G, problem.B, problem.I
+        cell, G, B, I, H = problem.cell, len(problem.reverse), problem.B, problem.I, problem.H
         steps = _Steps.of(problem, inputs)
         x = inputs.x
         if steps.alive is not None:
             x = x.masked_fill(~steps.alive, 0)
         rows = x if problem.packed else x.flatten(0, 1)
-        shapes = ((G, B, problem.out), (G, B, problem.H))[: cell.states]
-        initial = (inputs.h0, inputs.c0)
-        starts = [_or_zeros(s, x, shape) for s, shape in zip(initial, shapes, strict=False)]
-        initial = (inputs.h_reset, inputs.c_reset)
-        resets = [_or_zeros(s, x, shape) for s, shape in zip(initial, shapes, strict=False)]
+        shapes = ((G, B, problem.P or H), (G, B, H))[: cell.states]
+        h0, c0, h_reset, c_reset = inputs.states
+        initial, anew = (h0, c0)[: cell.states], (h_reset, c_reset)[: cell.states]
+        starts = [_or_zeros(s, x, shape) for s, shape in zip(initial, shapes, strict=True)]
+        resets = [_or_zeros(s, x, shape) for s, shape in zip(anew, shapes, strict=True)]
         every: list[list[Tensor]] = []
         ends: list[States] = []
         for g, reverse in enumerate(problem.reverse):

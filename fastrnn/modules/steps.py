@@ -73,7 +73,8 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
         return [own[name] if name in own else getattr(self, name) for name in _WEIGHTS]
 
     def _check_ranks(self, inputs: StepInputs) -> None:
-        for name, tensor in zip(("input", *self._state_names), inputs[:3], strict=False):
+        x, *states, _ = inputs
+        for name, tensor in zip(("input", *self._state_names), (x, *states), strict=False):
             if tensor is not None and tensor.dim() not in (1, 2):
                 raise ValueError(
                     f"{self._kind}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead"

@@ -36,8 +36,9 @@ class _Triton:
             return "Triton's interpreter rounds and multiplies bfloat16 wrongly"
         if problem.P:
             return "proj_size is not supported by the kernels"
-        if problem.G > _MIXED and len(set(problem.reverse)) > 1:
-            return f"at most {_MIXED} groups may differ in direction, not {problem.G}"
+        groups = len(problem.reverse)
+        if groups > _MIXED and len(set(problem.reverse)) > 1:
+            return f"at most {_MIXED} groups may differ in direction, not {groups}"
         if problem.stacked:
             return "the kernels take the weights of each group apart"
         cells = _cells()
