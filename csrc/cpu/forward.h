@@ -59,7 +59,8 @@ struct ForwardLayout {
         step_rows(ceil_div(args.seq.B, plan.row_parts)),
         arena_(base),
         pack_(plan.pack),
-        copies_(share.of_weights()) {
+        in_turn_(plan.in_turn),
+        copies_(plan.in_turn ? share.of_threads() : share.of_weights()) {
     const Sequence& seq = args.seq;
     chunk_rows = (plan.chunk < seq.T ? plan.chunk : seq.T) * step_rows;
     gates_rows = RowBlocks<T>::written(chunk_rows, plan.split_input) | 1;
@@ -97,7 +98,7 @@ struct ForwardLayout {
 
  private:
   Weights<T> weights(const void* w, const void* b, int gates, int64_t H, int64_t K, int vectors, bool split) {
-    const Panels<T> panels = Panels<T>::make(arena_, H, vectors, gates, K, split, pack_, copies_);
+    const Panels<T> panels = Panels<T>::make(arena_, H, vectors, gates, K, split, pack_, copies_, in_turn_);
     return {panels, static_cast<const T*>(w), static_cast<const T*>(b), gates, H, K, pack_};
   }
 
@@ -110,7 +111,7 @@ struct ForwardLayout {
   }
 
   Arena arena_;
-  bool pack_;
+  bool pack_, in_turn_;
   Copies copies_;
 };
 
@@ -208,6 +209,7 @@ class ForwardScan {
     const LeftRows<T> left = w.left(a, ld, rows, layout_.thread.parts);
     if (rows > 0 && left.parts.data) tiles_.fit(rows);
     for (int64_t p = sweep.first; p != sweep.end; p += sweep.stride) {
+      if (w.panels.in_turn) w.pack_in_turn(p, a);
       for (int64_t i = 0; i < blocks.count(); ++i) {
         const int64_t j = blocks.begin(i);
         const int n = blocks.size(i);
@@ -427,7 +429,7 @@ void forward(const ForwardArgs& args, const Plan& plan, const Team& team, int th
   TileScope tiles;
   const Share share = Share::of(plan, team, args, thread);
   const ForwardLayout<Cell, T> layout(args, plan, args.workspace, share);
-  for (int64_t g = share.groups.begin; g < share.groups.end; ++g) {
+  for (int64_t g = share.groups.begin; g < share.groups.end && !plan.in_turn; ++g) {
     const auto& buffers = layout.group[g];
     const Range mine = share.packs_of_weights(buffers.hh.panels.count);
     for (int64_t p = mine.begin; p < mine.end; ++p) {
@@ -437,7 +439,7 @@ void forward(const ForwardArgs& args, const Plan& plan, const Team& team, int th
     const Range projected = share.packs_of_weights(args.P ? buffers.hr.panels.count : 0);
     for (int64_t p = projected.begin; p < projected.end; ++p) buffers.hr.pack(p);
   }
-  if (plan.pack && !plan.own_panels) team.everyone->wait(plan.threads);
+  if (plan.pack && !plan.own_panels && !plan.in_turn) team.everyone->wait(plan.threads);
   if (!share.scans) return;
   for (int64_t g = share.groups.begin; g < share.groups.end; ++g) {
     ForwardScan<Cell, T>(args, plan, layout, share, static_cast<int>(g), tiles).run();

@@ -42,35 +42,39 @@ struct Panels {
   int64_t depth;  // padded K
   int nv;         // vectors in a panel
   bool split;     // they are of parts of the values (split.h)
+  bool in_turn;   // each is packed where the one before it was, just before its only product
 
   // Of `vectors` vectors of units, each with all its gates; without room if it is not wanted. Throws std::logic_error
   // for more vectors than there are products of, which only products by parts have many of.
   static Panels make(Arena& arena, int64_t units, int vectors, int gates, int64_t K, bool split, bool wanted,
-                     Copies copies) {
-    Panels p{nullptr, nullptr, ceil_div(units, vectors * kLanes<Acc<T>>), 0, vectors * gates, split};
+                     Copies copies, bool in_turn = false) {
+    Panels p{nullptr, nullptr, ceil_div(units, vectors * kLanes<Acc<T>>), 0, vectors * gates, split, in_turn};
     if (p.nv > (split ? kMostVectors : kMaxVectors)) throw std::logic_error("a panel has too many vectors");
     p.depth = round_up(K, split ? kTileDepth : kDepthPad<T>);
     if (!wanted) return p;
-    p.data = arena.take<char>(p.count * p.bytes(), copies);
-    p.bias = arena.take<Acc<T>>(p.count * p.width(), copies);
+    const int64_t kept = in_turn ? 1 : p.count;
+    p.data = arena.take<char>(kept * p.bytes(), copies);
+    p.bias = arena.take<Acc<T>>(kept * p.width(), copies);
     return p;
   }
 
   int width() const { return nv * kLanes<Acc<T>>; }
   int64_t size() const { return depth * width(); }
   int64_t bytes() const { return size() * value_bytes<T>(split); }
-  T* panel(int64_t p) const { return reinterpret_cast<T*>(data + p * bytes()); }
-  Split<bf16> parts(int64_t p) const { return {reinterpret_cast<bf16*>(data + p * bytes()), size()}; }
+  // Which of those kept the p-th one is.
+  int64_t place(int64_t p) const { return in_turn ? 0 : p; }
+  T* panel(int64_t p) const { return reinterpret_cast<T*>(data + place(p) * bytes()); }
+  Split<bf16> parts(int64_t p) const { return {reinterpret_cast<bf16*>(data + place(p) * bytes()), size()}; }
   Panel<T> from(int64_t p, int64_t k) const {
     if (split) return {nullptr, parts(p).from(k * width())};
     return {panel(p) + k * width(), {}};
   }
-  const Acc<T>* panel_bias(int64_t p) const { return bias + p * width(); }
+  Acc<T>* panel_bias(int64_t p) const { return bias + place(p) * width(); }
   // What block i of a run over panel p fetches ahead: its part of the panel that comes next, while there is any left.
   const void* ahead(int64_t p, int64_t next, int64_t i) const {
     const int64_t part = depth / (split ? 2 : kPair<T>)*kLineBytes;
-    const bool left = next >= 0 && next < count && (i + 1) * part <= bytes();
-    return left ? data + next * bytes() + i * part : data + p * bytes();
+    const bool left = !in_turn && next >= 0 && next < count && (i + 1) * part <= bytes();
+    return left ? data + next * bytes() + i * part : data + place(p) * bytes();
   }
   // Where output (vector v, lane) at depth k stands in panel p.
   T& at(int64_t p, int64_t k, int v, int lane) const {
@@ -123,13 +127,14 @@ FASTRNN_INLINE void transpose(Vec<L>* rows) {
   }
 }
 
-// out[k][lane] = in[lane][k] for one block; rows of `out` are `width` lanes apart, rows of `in` `ld` elements.
+// out[k][lane] = in[lane][k] for one block, 0 where `in` has no row; rows of `out` are `width` lanes apart, those of
+// `in`, of which there are `valid`, `ld` elements.
 template <class T>
-void transpose_block(T* out, int width, const T* in, int64_t ld) {
+void transpose_block(T* out, int width, const T* in, int64_t ld, int valid) {
   using L = Lane<T>;
   Vec<L> rows[kLanes<L>];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes<L>; ++i) rows[i] = load_as<Vec<L>>(in + i * ld);
+  for (int i = 0; i < kLanes<L>; ++i) rows[i] = i < valid ? load_as<Vec<L>>(in + i * ld) : Vec<L>{};
   transpose<L, kLanes<L> / 2>(rows);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes<L>; ++i) std::memcpy(out + i * width * kPair<T>, &rows[i], sizeof rows[i]);
@@ -141,7 +146,7 @@ void split_block(const Panels<T>& out, int64_t p, int64_t k, int v, const T* w, 
   constexpr int lanes = kLanes<T>;
   alignas(64) T block[lanes * lanes];
   if (valid == lanes && k + lanes <= K) {
-    transpose_block(block, lanes, w + k, K);
+    transpose_block(block, lanes, w + k, K, lanes);
   } else {
     std::memset(block, 0, sizeof block);
     for (int lane = 0; lane < valid; ++lane) {
@@ -153,24 +158,43 @@ void split_block(const Panels<T>& out, int64_t p, int64_t k, int v, const T* w, 
   }
 }
 
-// Panel p of w [gates * H, K], unit vectors outermost: vector v is gate v % gates of unit vector v / gates.
+// The rows of w [gates * H, K] that vector v of panel p holds, unit vectors outermost: vector v is gate v % gates of
+// unit vector v / gates.
+struct VectorRows {
+  int64_t first;
+  int valid;  // how many there are: past the last unit fewer than lanes
+
+  template <class T>
+  static VectorRows of(const Panels<T>& panels, int64_t p, int v, int gates, int64_t H) {
+    constexpr int64_t lanes = kLanes<Acc<T>>;
+    const int64_t unit = (p * (panels.nv / gates) + v / gates) * lanes, left = H - unit;
+    return {v % gates * H + unit, static_cast<int>(left < 0 ? 0 : left < lanes ? left : lanes)};
+  }
+};
+
 template <class T>
-void pack_rows(const Panels<T>& out, int64_t p, const T* w, const T* bias, int gates, int64_t H, int64_t K) {
+void pack_bias(const Panels<T>& out, int64_t p, const T* bias, int gates, int64_t H) {
   constexpr int lanes = kLanes<Acc<T>>;
   for (int v = 0; v < out.nv; ++v) {
-    const int64_t unit0 = (p * (out.nv / gates) + v / gates) * lanes;
-    const int valid = static_cast<int>(unit0 >= H ? 0 : (H - unit0 < lanes ? H - unit0 : lanes));
-    const int64_t row0 = v % gates * H + unit0;
+    const VectorRows rows = VectorRows::of(out, p, v, gates, H);
     for (int lane = 0; lane < lanes; ++lane) {
-      out.bias[p * out.width() + v * lanes + lane] = bias && lane < valid ? widen_one(bias[row0 + lane]) : 0;
+      out.panel_bias(p)[v * lanes + lane] = bias && lane < rows.valid ? widen_one(bias[rows.first + lane]) : 0;
     }
+  }
+}
+
+// Panel p of w [gates * H, K].
+template <class T>
+void pack_rows(const Panels<T>& out, int64_t p, const T* w, int gates, int64_t H, int64_t K) {
+  constexpr int lanes = kLanes<Acc<T>>;
+  for (int v = 0; v < out.nv; ++v) {
+    const auto [row0, valid] = VectorRows::of(out, p, v, gates, H);
     int64_t k = 0;
     if constexpr (kSplits<T>) {
       for (; out.split && k < out.depth; k += lanes) split_block(out, p, k, v, w + row0 * K, K, valid);
     }
-    if (valid == lanes) {
-      for (; k + kBlockDepth<T> <= K; k += kBlockDepth<T>)
-        transpose_block(&out.at(p, k, v, 0), out.width(), w + row0 * K + k, K);
+    for (; k + kBlockDepth<T> <= K; k += kBlockDepth<T>) {
+      transpose_block(&out.at(p, k, v, 0), out.width(), w + row0 * K + k, K, valid);
     }
     for (; k < out.depth; ++k) {
       const int n = k < K ? valid : 0;
@@ -191,7 +215,7 @@ const T* row_of_depth(const T* w, int64_t k, int gates, int64_t H, int64_t colum
 template <class T>
 void pack_columns(const Panels<T>& out, int64_t p, const T* w, int gates, int64_t H, int64_t columns) {
   constexpr int lanes = kLanes<Acc<T>>;
-  for (int i = 0; i < out.width(); ++i) out.bias[p * out.width() + i] = 0;
+  for (int i = 0; i < out.width(); ++i) out.panel_bias(p)[i] = 0;
   if constexpr (kSplits<T>) {
     const auto row = [&](int64_t k) { return row_of_depth(w, k, gates, H, columns); };
     if (out.split) return split_panel(out.parts(p), out.depth, out.nv, columns, p, row);
@@ -284,7 +308,15 @@ struct Weights {
   bool packed;
 
   void pack(int64_t p) const {
-    if (packed) pack_rows(panels, p, w, b, gates, H, K);
+    if (!packed) return;
+    pack_bias(panels, p, b, gates, H);
+    pack_rows(panels, p, w, gates, H, K);
+  }
+
+  // For a product with `a`, of which null stands for zeros.
+  void pack_in_turn(int64_t p, const T* a) const {
+    if (a) return pack(p);
+    pack_bias(panels, p, b, gates, H);
   }
 
   // `room` is for parts. What is not finite they cannot tell from NaN: then there are none.

@@ -250,6 +250,7 @@ Plan plan_forward(const KernelTable& table, const CellInfo& cell, Dtype dtype, T
   plan.chunk = std::max<int64_t>(1, chunk_rows(weights / plan.unit_parts, plan.split_state) * plan.unit_parts / rows);
   plan.pack = args.seq.N >= kPackRows;
   plan.own_panels = pays_to_own(plan, weights);
+  plan.in_turn = plan.pack && args.seq.T == 1 && plan.row_parts == 1;
   // Products of values have no panels so wide.
   const bool wide = plan.panel_vectors * cell.gates > kMaxVectors;
   const int64_t at_once = rows * std::min(plan.chunk, args.seq.T);

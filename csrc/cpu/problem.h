@@ -77,6 +77,7 @@ struct Plan {
   int64_t chunk;                           // timesteps whose input GEMM is done at once
   bool pack;                               // false: too few rows to pay for packing the weights
   bool own_panels;                         // each row part packs the weights for itself
+  bool in_turn;                            // a panel is packed just before its only product (forward)
   bool split_input, split_state;           // products of x, and of h, are of parts of the values (split.h)
 };
 
