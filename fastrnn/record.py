@@ -80,6 +80,7 @@ class Record:
     tuned: str | None = None
     isa: str = ""  # the instruction set in use when times were taken
     times: list[Times] = field(default_factory=list)
+    timed: set[tuple[str, str, str]] = field(default_factory=set)  # backend, cell and dtype
 
     def nearest(
         self, cell: str, dtype: str, training: bool, H: int, B: int | None
@@ -165,6 +166,7 @@ def _parsed(path: Path, content: dict[str, Any]) -> Record:
     if tuned is not None:
         record.tuned, record.isa = tuned["date"], tuned["isa"]
         record.times = [Times(*point) for point in tuned["times"]]
+        record.timed = {(name, t.cell, t.dtype) for t in record.times for name in t.seconds}
     return record
 
 
@@ -292,9 +294,7 @@ def is_right(backend: str, cell: str, dtype: torch.dtype, device: torch.device) 
 def is_timed(backend: str, cell: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `tune` has measured this backend's kernel."""
     record = of(device)
-    return record is not None and any(
-        (t.cell, t.dtype) == (cell, _name(dtype)) and backend in t.seconds for t in record.times
-    )
+    return record is not None and (backend, cell, _name(dtype)) in record.timed
 
 
 # Dynamo takes what they answer for constants (see fastrnn.backends.asked).

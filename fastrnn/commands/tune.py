@@ -21,13 +21,14 @@ import torch
 
 from .. import record
 from ..backends import BACKENDS, Backend, Problem, backend, refusal
-from ..timing import Subject, alternate, sample
+from ..timing import Others, Subject, alternate, sample
 from ..validation import Case, as_function, as_problem, make_inputs
 from .options import DTYPES, add_selection
 
 T = 16
 MODES = ("inference", "training")
 CPU_GRID, GPU_GRID = ((32, 128, 512), (1, 8, 32)), ((64, 256, 1024), (1, 16, 128))  # of H, of B
+BUSY = 0.3  # cores that others use, from which on times tell little
 LEAST = 3  # samples of a backend at a point
 OUT = 3.0  # times as slow as the fastest at first, a backend is not timed again
 
@@ -71,7 +72,10 @@ def run(options: argparse.Namespace) -> int:
         if not contests:
             print(f"{device}: at no point more than one backend can serve: nothing to tune")
             continue
+        others = Others()
         times = list(timed(contests, device, options.seconds))
+        if (cores := others.cores()) > BUSY:
+            print(f"other processes used {cores:.1f} cores: tune again when they rest")
         show(times)
         print(f"written: {record.write_tuned(device, times)}")
     return 0
