@@ -186,7 +186,8 @@ class Route(NamedTuple):
             and not is_watched()
             and all_plain(grads)
         ):
-            return backend.backward(problem, inputs, y, saved, grads, needs, samples)
+            with _torch.DisableTorchFunction():  # see plain.is_slowed_down
+                return backend.backward(problem, inputs, y, saved, grads, needs, samples)
         if not torch.compiler.is_compiling() and (
             torch.is_grad_enabled() or any(map(is_batched, grads))
         ):
@@ -272,7 +273,9 @@ def _operator(
     kept: list[Tensor] = []
     route = Route(problem, by_name(backend), kept=kept if save else None)
     y, h_n, c_n, c = Scan.apply(route, *tensors)  # type: ignore[no-untyped-call]
-    return ops.flat(Outputs(y, h_n, c_n, c, kept))
+    # What else a backend keeps is no part of the operator's result.
+    known = len(route.backend.saved_shapes(problem, 0))
+    return ops.flat(Outputs(y, h_n, c_n, c, kept[:known]))
 
 
 ops.LIBRARY.impl("forward", _operator, "Autograd")

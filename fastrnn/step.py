@@ -151,7 +151,8 @@ class CellStep(torch.autograd.Function):
         with _torch.DisableAutocast():  # which forward() may not have been called under
             if torch.is_grad_enabled() or is_watched() or not all_plain((dh, dc)):
                 return None, *_plain_gradients(problem, inputs, dh, dc, needs)
-            return None, *backend.step_backward(problem, inputs, saved, (dh, dc), needs)
+            with _torch.DisableTorchFunction():  # see plain.is_slowed_down
+                return None, *backend.step_backward(problem, inputs, saved, (dh, dc), needs)
 
 
 # Its apply without what torch does first for transforms, of which plain tensors know nothing.

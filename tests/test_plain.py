@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import BACKEND_NAMES, using
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import BaseTorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
@@ -252,3 +254,85 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for steps in range(1, 9):
         layer(torch.zeros(steps, 2, 3))
         assert len(functional._checked) <= 3
+
+
+def test_a_default_device_is_no_watcher() -> None:
+    x = torch.zeros(2, 3)
+    expected = signature((x,))
+    with torch.device("meta"):
+        assert signature((x,)) == expected
+        with BaseTorchFunctionMode():
+            assert signature((x,)) is None
+    with BaseTorchFunctionMode(), torch.device("meta"):
+        assert signature((x,)) is None
+
+
+CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]], dict[str, Any]]] = {
+    "lstm cell": (lambda: fastrnn.LSTMCell(3, 4), lambda: (torch.randn(2, 3),), {}),
+    "gru cell": (
+        lambda: fastrnn.GRUCell(3, 4),
+        lambda: (torch.randn(2, 3), torch.randn(2, 4)),
+        {},
+    ),
+    "unbatched cell": (lambda: fastrnn.RNNCell(3, 4), lambda: (torch.randn(3),), {}),
+    "layer": (lambda: fastrnn.LSTM(3, 4, 2), lambda: (torch.randn(5, 2, 3),), {}),
+    "two directions": (
+        lambda: fastrnn.GRU(3, 4, bidirectional=True, batch_first=True),
+        lambda: (torch.randn(2, 5, 3), torch.randn(2, 2, 4)),
+        {},
+    ),
+    "projection": (lambda: fastrnn.LSTM(3, 4, proj_size=2), lambda: (torch.randn(5, 2, 3),), {}),
+    "recompute": (lambda: fastrnn.GRU(3, 4, recompute=2), lambda: (torch.randn(5, 2, 3),), {}),
+    "lengths": (
+        lambda: fastrnn.GRU(3, 4),
+        lambda: (torch.randn(5, 2, 3),),
+        {"lengths": [5, 2]},
+    ),
+    "resets": (
+        lambda: fastrnn.LSTM(3, 4),
+        lambda: (torch.randn(5, 2, 3),),
+        {"reset": torch.tensor([[False, True]] * 5)},
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_default_device_changes_nothing(name: str, backend: str) -> None:
+    """Not even one that has no memory: nothing of a call is allocated on it."""
+    make, draw, options = CALLS[name]
+    layer, args = make(), draw()
+
+    def run() -> list[Tensor]:
+        out = layer(*args, **options)
+        outputs = tree_leaves(out)
+        return [*outputs, *torch.autograd.grad(outputs[0].sum(), list(layer.parameters()))]
+
+    with using(backend):
+        expected = run()
+        with torch.device("meta"):
+            found = run()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.device.type == "cpu"
+        assert torch.equal(ours, theirs)
+
+
+def test_a_default_device_reaches_what_computes_a_weight() -> None:
+    """It is the user's code, and makes what it makes where the user wants it."""
+    made: list[str] = []
+
+    class Scaled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            made.append(torch.zeros(1).device.type)
+            return weight * 2
+
+    for layer, x in (
+        (fastrnn.GRU(3, 4), torch.zeros(5, 2, 3)),
+        (fastrnn.GRUCell(3, 4), torch.zeros(2, 3)),
+    ):
+        name = next(name for name, _ in layer.named_parameters() if "weight_hh" in name)
+        nn.utils.parametrize.register_parametrization(layer, name, Scaled())
+        made.clear()
+        with torch.device("meta"):
+            layer(x)
+        assert set(made) == {"meta"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import _torch, functional
 from ..backends import Weights
 from ..cells import States
-from ..plain import OverriddenError, stop_at_overrides
+from ..plain import OverriddenError, is_slowed_down, stop_at_overrides
 from .identity import AnswersAsTorch
 from .tracing import NotScriptable, Proxy, record
 
@@ -205,6 +206,23 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
         """y, the last states, c of every step or None, and with return_layers all states of every
         layer."""
         weights = self._weights()
+        if not torch.compiler.is_compiling() and _torch.function_modes():
+            given = (x, batch_sizes, order, *(states or ()), *options.values(), *chain(*weights))
+            if is_slowed_down(given):
+                with _torch.DisableTorchFunction():
+                    return self._run_with(weights, x, states, batch_sizes, order, **options)
+        return self._run_with(weights, x, states, batch_sizes, order, **options)
+
+    def _run_with(
+        self,
+        weights: list[list[Any]],
+        x: Tensor,
+        states: States | None,
+        batch_sizes: Tensor | None,
+        order: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, States, Tensor | None, list[States]]:
+        """:meth:`_run` with the weights at hand."""
         layers: list[States] = []
         check: functional.Check | None = self._check
         if states is not None and self.num_layers > 1:  # of which a layer sees only its own
