@@ -40,4 +40,4 @@ __all__ = [
 ]
 
 if _REASON is not None:
-    warnings.warn(f"{_REASON}; the reference backend serves, slowly", stacklevel=2)
+    warnings.warn(f"{_REASON}; torch's own layers serve, by the aten backend", stacklevel=2)

@@ -437,7 +437,7 @@ def test_environment_variable() -> None:
     assert "unknown fastrnn backend 'nope'" in found.stderr
 
 
-def test_without_the_extension_the_reference_serves_and_says_so_once() -> None:
+def test_without_the_extension_aten_serves_and_the_import_says_so_once() -> None:
     code = (
         "import sys; sys.modules['fastrnn._C'] = None\n"
         "import fastrnn, torch\n"
@@ -446,6 +446,6 @@ def test_without_the_extension_the_reference_serves_and_says_so_once() -> None:
         "print(fastrnn.explain(layer, torch.ones(1, 1, 2)))\n"
     )
     found = run_python(code)
-    assert "reference: serves" in found.stdout, found.stderr
+    assert "aten: serves" in found.stdout, found.stderr
     assert "cpu: refuses: the extension fastrnn._C " in found.stdout
     assert found.stderr.count("UserWarning: the extension fastrnn._C ") == 1
