@@ -115,7 +115,7 @@ inline constexpr int kPair<bf16> = 2;
 // Steps of depth that one accumulator sums up. A deeper product is the sum of such sums, for the error of a sum grows
 // with the square root of its terms. The result of bf16 is rounded by far more than any sum of floats errs.
 template <class T>
-inline constexpr int64_t kSumDepth = 64;
+inline constexpr int64_t kSumDepth = 128;
 template <>
 inline constexpr int64_t kSumDepth<bf16> = std::numeric_limits<int64_t>::max();
 
