@@ -14,6 +14,7 @@ from .backends import (
     Backend,
     Grads,
     Inputs,
+    Open,
     Outputs,
     Problem,
     Recompute,
@@ -139,6 +140,7 @@ class Route(NamedTuple):
     kept: list[Tensor] | None = (
         None  # where to put what the backward pass reads, for others to read
     )
+    open: bool = False  # autograd sees through what the backend, an Open one, does
 
     @classmethod
     def find(cls, problem: Problem, recompute: int, plain: bool) -> Route:
@@ -146,7 +148,8 @@ class Route(NamedTuple):
         backend = choose(problem)
         if recompute and problem.grad and recompute < problem.T:
             backend = _recomputing(backend, recompute, problem)
-        return cls(problem, backend, plain, problem.device.type == "cpu")
+        is_open = plain and isinstance(backend, Open) and backend.is_open(problem)
+        return cls(problem, backend, plain, problem.device.type == "cpu", open=is_open)
 
     @classmethod
     def below(cls, problem: Problem, backend: Backend, inputs: Inputs) -> Route:
@@ -204,6 +207,10 @@ def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, T
     problem, backend, plain, *_ = route
     if backend.differentiable:
         y, h_n, c_n, c, _ = backend.forward(problem, inputs, False)
+        return y, h_n, c_n, c
+    if route.open and problem.grad:
+        assert isinstance(backend, Open)
+        y, h_n, c_n, c, _ = backend.open_forward(problem, inputs)
         return y, h_n, c_n, c
     if not problem.grad or (not plain and _torch.wants_operators_alone()):
         # In exported programs the operator stands alone, with its own gradients (_operator): strict

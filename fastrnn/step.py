@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _torch, functional
 from .autograd import plain_backward
-from .backends import Grads, Inputs, Problem, StepInputs, TakesSteps, asked, choose
+from .backends import Grads, Inputs, Open, Problem, StepInputs, TakesSteps, asked, choose
 from .cells import CELLS, States
 from .plain import all_plain, is_watched, signature
 
@@ -58,7 +58,8 @@ class Bound(NamedTuple):
     """What the steps of equal dtypes, devices and shapes have in common."""
 
     problem: Problem
-    backend: TakesSteps
+    kernel: TakesSteps | None
+    plain: Open | None  # who serves where no kernel does
 
     @classmethod
     def of(cls, cell: str, inputs: StepInputs, grad: bool) -> Bound | None:
@@ -68,18 +69,23 @@ class Bound(NamedTuple):
         given, options = (_states(layer), None), ((False,), False, 0)
         problem = functional.checked_problem(CELLS[cell], layer, None, given, options, None, grad)
         backend = choose(problem)
-        if not isinstance(backend, TakesSteps) or problem.device.type != "cpu":
+        if problem.device.type != "cpu":
             return None
-        return cls(problem, backend)
+        if isinstance(backend, Open) and backend.is_open(problem):
+            return cls(problem, None, backend)
+        return cls(problem, backend, None) if isinstance(backend, TakesSteps) else None
 
     def run(self, inputs: StepInputs) -> States:
         """The new states."""
-        problem, backend = self
+        problem, kernel, plain = self
+        if plain is not None:
+            return tuple(plain.open_step(problem, inputs))
+        assert kernel is not None
         if problem.grad:
             x, h0, c0, weights = inputs
             h, c = _apply(self, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
         else:
-            h, c, _ = backend.step(problem, inputs, False)
+            h, c, _ = kernel.step(problem, inputs, False)
         return (h,) if c is None else (h, c)
 
 
@@ -133,7 +139,8 @@ class CellStep(torch.autograd.Function):
         c0: Tensor | None,
         *weights: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        h, c, saved = bound.backend.step(bound.problem, StepInputs(x, h0, c0, weights), True)
+        assert bound.kernel is not None
+        h, c, saved = bound.kernel.step(bound.problem, StepInputs(x, h0, c0, weights), True)
         ctx.set_materialize_grads(False)
         ctx.bound = bound
         ctx.save_for_backward(x, h0, c0, *weights, *saved)
@@ -147,12 +154,12 @@ class CellStep(torch.autograd.Function):
         x, h0, c0, *others = ctx.saved_tensors
         weights, saved = others[: len(needs) - 3], others[len(needs) - 3 :]
         inputs = StepInputs(x, h0, c0, weights)
-        problem, backend = ctx.bound
+        problem, kernel, _ = ctx.bound
         with _torch.DisableAutocast():  # which forward() may not have been called under
             if torch.is_grad_enabled() or is_watched() or not all_plain((dh, dc)):
                 return None, *_plain_gradients(problem, inputs, dh, dc, needs)
             with _torch.DisableTorchFunction():  # see plain.is_slowed_down
-                return None, *backend.step_backward(problem, inputs, saved, (dh, dc), needs)
+                return None, *kernel.step_backward(problem, inputs, saved, (dh, dc), needs)
 
 
 # Its apply without what torch does first for transforms, of which plain tensors know nothing.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import _torch
 from ..cells import Cell
-from .base import Grads, Inputs, Outputs, Problem, SavedShape, Weights, unpacked
+from .base import Grads, Inputs, Outputs, Problem, SavedShape, StepInputs, Weights, unpacked
 from .segments import packed
 
 
@@ -40,6 +40,7 @@ _FUNCTIONS = {
     "rnn_relu": _Functions(torch.rnn_relu, torch.rnn_relu_cell),
 }
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ONEDNN = (torch.float32, torch.bfloat16)
 _DIRECTIONS = ((False,), (True,), (False, True))
 _MOST_STEPS = 65535  # of cuDNN
 
@@ -82,18 +83,18 @@ class _Aten:
         return []
 
     def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
-        x, batch_sizes, lengths, reset, states, weights = inputs
-        weights = _for_cudnn(problem, weights)
-        places = [None if t is None else t.detach() for t in (x, *states, *weights)]
+        given = inputs._replace(weights=_for_cudnn(problem, inputs.weights))
+        if not problem.grad:
+            with torch.no_grad():
+                return _run(problem, given)
+        places = _detached((given.x, *given.states, *given.weights))
         leaves = [t for t in places if t is not None]
-        ours = Inputs(leaves[0], batch_sizes, lengths, reset, places[1:5], places[5:])
+        ours = given._replace(x=leaves[0], states=places[1:5], weights=places[5:])
         if not save:
-            # Torch may choose another kernel where gradients are enabled, if of none of these.
-            with torch.set_grad_enabled(problem.grad):
+            # For the same bits: torch may have other kernels where gradients are not enabled.
+            with torch.enable_grad():
                 return _run(problem, ours)
-        with _recording():
-            for leaf in leaves:
-                leaf.requires_grad_()
+        with _recording(leaves):
             y, h_n, c_n, _, _ = _run(problem, ours)
         graph = [y, h_n] if c_n is None else [y, h_n, c_n]
         # As no views, and so that they may be changed while autograd keeps what it has: its graph
@@ -120,13 +121,29 @@ class _Aten:
         leaves = list(compress(saved[outputs:], compress(needs, given)))
         found = iter(_gradients(saved[:outputs], grads, leaves))
         each = zip(needs, given, strict=True)
-        return [next(found) if needed and there else None for needed, there in each]
+        return [next(found) if needed and is_given else None for needed, is_given in each]
+
+    def is_open(self, problem: Problem) -> bool:
+        """On a CPU nothing but LSTMs on oneDNN is fused, and that not in float16 with gradients."""
+        fused = problem.cell.name == "lstm" and problem.dtype in _ONEDNN
+        whole = not problem.lengths and not problem.reset
+        return problem.device.type == "cpu" and whole and (not fused or _is_step(problem))
+
+    def open_forward(self, problem: Problem, inputs: Inputs) -> Outputs:
+        return _run(problem, inputs)
+
+    def open_step(self, problem: Problem, step: StepInputs) -> Sequence[Tensor]:
+        return _step(problem, step)
 
 
 ATEN = _Aten()
 
 
-def _gradients(outputs: list[Tensor], grads: Grads, leaves: list[Tensor]) -> Sequence[Tensor]:
+def _detached(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.detach() for t in tensors]
+
+
+def _gradients(outputs: list[Tensor], grads: Grads, leaves: list[Tensor]) -> list[Tensor]:
     """By autograd, whose graph stays for a second time."""
     pairs = zip(outputs, grads, strict=False)  # no gradient of c of every step
     used = [(o, g) for o, g in pairs if g is not None and o.requires_grad]
@@ -155,9 +172,11 @@ def _apart(found: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def _recording() -> Iterator[None]:
-    """Autograd records, and follows what is done to views, also within an operator: the dispatcher
-    may call that with both out of the way."""
+def _recording(leaves: list[Tensor]) -> Iterator[None]:
+    """Autograd records what is done with them, and follows what is done to views, also within an
+    operator: the dispatcher may call that with both out of the way."""
+    for leaf in leaves:
+        leaf.requires_grad_()
     with (
         torch.enable_grad(),
         _torch.set_excluded_key(_torch.DispatchKey.AutogradFunctionality, False),
@@ -181,6 +200,11 @@ def flatten(cell: Cell, weights: Sequence[Tensor], directions: int) -> None:
         )
 
 
+def is_for_cudnn(weight: Tensor) -> bool:
+    """Whether cuDNN would read it, in the memory to which :func:`flatten` moves it."""
+    return weight.is_cuda and torch.cudnn_is_acceptable(weight)
+
+
 def is_flat(weights: Sequence[Tensor]) -> bool:
     """Whether they lie as :func:`flatten` leaves them: from the beginning of memory that has no
     room for another layer's, as there is when torch.nn has flattened several layers together."""
@@ -195,9 +219,7 @@ def _for_cudnn(problem: Problem, weights: Weights) -> Weights:
     """The weights, or a copy that lies as cuDNN reads them: otherwise it would copy them itself,
     and warn in every call."""
     present = [w for w in weights if w is not None]
-    if problem.device.type != "cuda" or not torch.cudnn_is_acceptable(present[0]):
-        return weights
-    if is_flat(present):
+    if not is_for_cudnn(present[0]) or is_flat(present):
         return weights
     with torch.no_grad():  # tensors that can be moved while the weights stay
         moved = [None if w is None else _alias(w) for w in weights]
@@ -218,15 +240,15 @@ def _run(problem: Problem, inputs: Inputs) -> Outputs:
         return _without_steps(problem, inputs)
     if problem.reverse == (True,):
         return _run_backwards(problem, inputs)
-    if problem.T == 1 and problem.G == 1 and not problem.packed and not problem.P:
-        return _step(problem, inputs)
+    if _is_step(problem):
+        return _run_step(problem, inputs)
     return _layer(problem, inputs)
 
 
 def _layer(problem: Problem, inputs: Inputs) -> Outputs:
     x, batch_sizes = inputs.x, inputs.batch_sizes
     run = _FUNCTIONS[problem.cell.name].layer
-    states, params = _initial(problem, inputs), _params(problem, inputs)
+    states, params = _initial(problem, inputs), _params(problem, x, inputs.weights)
     # Whether a layer is in training mode does not matter, as there is no dropout inside; but cuDNN
     # has no backward pass where it is not.
     options = (params, len(params) == problem.weights, 1, 0.0, problem.grad, problem.G == 2)
@@ -241,14 +263,28 @@ def _layer(problem: Problem, inputs: Inputs) -> Outputs:
     return Outputs(y, ends[0], ends[1] if len(ends) > 1 else None, None, [])
 
 
-def _step(problem: Problem, inputs: Inputs) -> Outputs:
-    """One step, as torch.nn's cells take it."""
-    states = [s[0] for s in _initial(problem, inputs)]
-    params = _params(problem, inputs)
-    found = _FUNCTIONS[problem.cell.name].step(inputs.x[0], _as_hx(states), *params)
-    h, *c = (found,) if problem.cell.states == 1 else found
+def _is_step(problem: Problem) -> bool:
+    """Whether it is one that torch.nn has a cell for."""
+    return problem.T == problem.G == 1 and not problem.packed and not problem.P
+
+
+def _run_step(problem: Problem, inputs: Inputs) -> Outputs:
+    x, states = inputs.x[0], [None if s is None else s[0] for s in inputs.states]
+    h, *c = _step(problem, StepInputs(x, states[0], states[1], inputs.weights))
     y, h_n, *c_n = (torch.stack([t]) for t in (h, h, *c))  # in memory of their own
     return Outputs(y, h_n, c_n[0] if c_n else None, None, [])
+
+
+def _step(problem: Problem, step: StepInputs) -> list[Tensor]:
+    """The new states of one step, as torch.nn's cells compute them."""
+    x, h0, c0, weights = step
+    states = [
+        x.new_zeros(problem.B, problem.H) if s is None else s
+        for s in (h0, c0)[: problem.cell.states]
+    ]
+    params = _params(problem, x, weights)
+    found = _FUNCTIONS[problem.cell.name].step(x, _as_hx(states), *params)
+    return [found] if problem.cell.states == 1 else list(found)
 
 
 def _without_steps(problem: Problem, inputs: Inputs) -> Outputs:
@@ -273,8 +309,8 @@ def _mirror(batch_sizes: Tensor) -> Tensor:
     """For each row of a packed sequence, [N], that of the same step counted from its end."""
     T, B = len(batch_sizes), int(batch_sizes[0])
     lengths, offsets = unpacked(batch_sizes, B, batch_sizes.device)
-    step = torch.repeat_interleave(torch.arange(T), batch_sizes)
-    column = torch.arange(len(step)) - offsets[step]
+    step = torch.repeat_interleave(torch.arange(T, device="cpu"), batch_sizes)
+    column = torch.arange(len(step), device="cpu") - offsets[step]
     return offsets[lengths[column] - 1 - step] + column
 
 
@@ -300,13 +336,12 @@ def _initial(problem: Problem, inputs: Inputs) -> list[Tensor]:
     ]
 
 
-def _params(problem: Problem, inputs: Inputs) -> list[Tensor]:
+def _params(problem: Problem, x: Tensor, weights: Weights) -> list[Tensor]:
     """The weights as torch takes them: with both biases, or with neither."""
-    weights = inputs.weights
     present = [w for w in weights if w is not None]
     if len(present) in (len(weights), len(weights) - 2 * problem.G):
         return present
-    zeros = inputs.x.new_zeros(problem.cell.gates * problem.H)
+    zeros = x.new_zeros(problem.cell.gates * problem.H)
     return [zeros if w is None else w for w in weights]
 
 
@@ -353,8 +388,8 @@ def _steps_of(inputs: Inputs, block: slice) -> Any:
     sizes = inputs.batch_sizes
     if sizes is None:
         return slice(None), block
-    step = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    column = torch.arange(len(step)) - (sizes.cumsum(0) - sizes)[step]
+    step = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), sizes)
+    column = torch.arange(len(step), device="cpu") - (sizes.cumsum(0) - sizes)[step]
     return ((column >= block.start) & (column < block.stop)).nonzero().squeeze(1)
 
 

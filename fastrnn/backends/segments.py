@@ -58,6 +58,12 @@ class Segments(NamedTuple):
         starts = first if reset is None else first & ~reset[0][row]
         return cls(rows, batch_sizes, row, starts, first, last, len(rows) == T * B)
 
+    def on(self, device: torch.device) -> Segments:
+        """The same for tensors of another device; the batch sizes stay on the CPU."""
+        rows, batch_sizes, row, starts, first, last, whole = self
+        row, starts, first, last = (t.to(device) for t in (row, starts, first, last))
+        return Segments(rows.to(device), batch_sizes, row, starts, first, last, whole)
+
     def gather(self, batch: Tensor) -> Tensor:
         """[T, B, ..] -> [N, ..]"""
         return batch.flatten(0, 1).index_select(0, self.rows)
@@ -131,8 +137,10 @@ class Segments(NamedTuple):
 
 
 def packed(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs, Segments]:
-    """The same layer over the packed batch of its segments."""
-    cuts = Segments.of(problem, inputs.lengths, inputs.reset)
+    """The same layer over the packed batch of its segments. Where these are is found out on the
+    CPU, so that a call whose lengths or resets are elsewhere waits for that device."""
+    lengths, reset = (None if t is None else t.cpu() for t in (inputs.lengths, inputs.reset))
+    cuts = Segments.of(problem, lengths, reset).on(problem.device)
     S = len(cuts.row)
     ours = problem._replace(T=len(cuts.batch_sizes), B=S, packed=True, lengths=False, reset=False)
     given = Inputs(

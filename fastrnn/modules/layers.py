@@ -13,8 +13,8 @@ from torch.nn.functional import dropout as _dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import _torch, functional
-from ..backends import Weights
-from ..cells import States
+from ..backends import Weights, aten
+from ..cells import CELLS, States
 from ..plain import OverriddenError, is_slowed_down, stop_at_overrides
 from .identity import AnswersAsTorch
 from .tracing import NotScriptable, Proxy, record
@@ -70,7 +70,22 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
             self.recompute = recompute
 
     def flatten_parameters(self) -> None:
-        """Present for compatibility; the kernels read the parameters where they are."""
+        """Move the parameters of each layer, in place, to where cuDNN reads them without a copy in
+        every call. Only on a GPU on which torch has cuDNN; other kernels read parameters where they
+        are. It is called where torch.nn's layers call theirs: when a layer is made or moved."""
+        for flat in self._flattenable():
+            aten.flatten(CELLS[self._cell], flat, 2 if self.bidirectional else 1)
+
+    def _flattenable(self) -> list[list[Tensor]]:
+        """The weights of each layer, if all of them are parameters of their own."""
+        names = [name for layer in self._all_weights for name in layer]
+        if any(type(self._parameters.get(name)) is not torch.nn.Parameter for name in names):
+            return []
+        layers = [[w for w in flat if w is not None] for flat in self._weights()]
+        weights = [w for flat in layers for w in flat]
+        if not all(map(aten.is_for_cudnn, weights)):
+            return []
+        return layers if len({w.data_ptr() for w in weights}) == len(weights) else []
 
     def forward(
         self,
