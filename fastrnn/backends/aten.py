@@ -133,7 +133,9 @@ class _Aten:
         return _run(problem, inputs)
 
     def open_step(self, problem: Problem, step: StepInputs) -> Sequence[Tensor]:
-        return _step(problem, step)
+        new = _step(problem, step)
+        # What changes in place shall not be what autograd has saved.
+        return [s.clone() for s in new] if problem.grad else new
 
 
 ATEN = _Aten()
