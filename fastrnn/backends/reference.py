@@ -61,7 +61,7 @@ def _scan(
         edge = t + 1 if reverse else t  # between the step before, in this direction, and t
         if cut is not None and edge < T:
             states = _choose(cut[edge], at_reset, states)
-        active = tuple(s[: sizes[t]] for s in states)
+        active = tuple(_first(s, sizes[t]) for s in states)
         new = cell.step(given[t], linear(active[0], w_hh, b_hh), active)
         if proj:
             assert proj[0] is not None
@@ -76,6 +76,11 @@ def _scan(
 
 def _choose(mask: Tensor, where: States, otherwise: States) -> States:
     return tuple(torch.where(mask, a, b) for a, b in zip(where, otherwise, strict=True))
+
+
+def _first(state: Tensor, rows: int) -> Tensor:
+    """Without a slice where that is all: its backward pass would fill a state with zeros."""
+    return state if state.shape[0] == rows else state[:rows]
 
 
 def _replace(state: Tensor, head: Tensor) -> Tensor:
