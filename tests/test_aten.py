@@ -52,7 +52,7 @@ def test_it_serves_on_a_gpu(cell: str, dtype: torch.dtype, grad: bool) -> None:
         ({"grouped": True}, "read the same input"),
         ({"stacked": True}, "of each direction apart"),
         ({"dtype": torch.complex64}, "floats of 16, 32 and 64 bits, not torch.complex64"),
-        ({"B": 0}, "an empty batch"),
+        ({"B": 0}, "a batch, an input or a state of size 0"),
         ({"T": 65536}, "cuDNN takes at most 65535 steps"),
         ({"device": torch.device("mps"), "P": 16}, "no proj_size"),
     ],

@@ -70,8 +70,6 @@ class _Aten:
             return "the directions of torch's layers read the same input"
         if problem.stacked:
             return "torch's layers take the weights of each direction apart"
-        if problem.B == 0:
-            return "an empty batch leaves torch's layers nothing to do"
         device = problem.device.type
         if device == "mps" and problem.P:
             return "torch's layers on Metal have no proj_size"
