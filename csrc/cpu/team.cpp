@@ -1,13 +1,15 @@
 #include "team.h"
 
+#include <sched.h>
+
 namespace fastrnn {
 namespace {
 
-// Some 50 to 100 microseconds, about what it costs to sleep and to be woken: a pause takes some 65 cycles on Zen 3, and
-// 140 on recent Intel cores.
-constexpr int kPauses = 1800;
-// Where the last wait was longer than that, threads share their cores, and every pause is another thread's time.
-constexpr int kFewPauses = 100;
+// A pause takes some 65 cycles on Zen 3, and 140 on recent Intel cores: 15 to 25 microseconds together.
+constexpr int kPauses = 500;
+// On a core that nobody else wants, a yield returns at once, and so many take several times as long as to be woken
+// does: a thread that has just been woken is waited for, or else the two would put each other to sleep at every step.
+constexpr int kYields = 200;
 
 void cpu_relax() {
 #if defined(__x86_64__)
@@ -21,14 +23,10 @@ void cpu_relax() {
 
 void Barrier::wait_long(uint64_t target) {
   const auto complete = [&] { return arrivals_.load() >= target; };
-  const int pauses = impatient_.load(std::memory_order_relaxed) ? kFewPauses : kPauses;
-  for (int i = 0; i < pauses; ++i) {
-    cpu_relax();
-    if (!complete()) continue;
-    impatient_.store(false, std::memory_order_relaxed);
-    return;
+  for (int i = 0; i < kPauses + kYields; ++i) {
+    i < kPauses ? cpu_relax() : static_cast<void>(sched_yield());
+    if (complete()) return;
   }
-  impatient_.store(true, std::memory_order_relaxed);
   std::unique_lock<std::mutex> lock(mutex_);
   ++sleepers_;
   all_arrived_.wait(lock, complete);

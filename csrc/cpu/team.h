@@ -12,8 +12,8 @@
 namespace fastrnn {
 
 // Counts arrivals up for ever, so nothing is reset and no thread can lap another. A partner is normally nanoseconds
-// away, so threads read the counter, then pause between reads, and sleep at last: a busy neighbour on the core must
-// cost its share of time and no more.
+// away, so threads read the counter, then pause between reads, then yield, and sleep at last: a busy neighbour on the
+// core must cost its share of time and no more.
 class alignas(64) Barrier {
  public:
   void wait(int parties) {
@@ -40,7 +40,6 @@ class alignas(64) Barrier {
 
   std::atomic<uint64_t> arrivals_{0};
   std::atomic<int> sleepers_{0};
-  std::atomic<bool> impatient_{false};  // whether the last long wait ended in sleep
   std::mutex mutex_;
   std::condition_variable all_arrived_;
 };
