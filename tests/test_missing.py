@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,10 @@ def test_a_source_tree_hides_an_installed_package(tmp_path: Path) -> None:
         "sys.meta_path = [f for f in sys.meta_path if '_Editable' not in repr(f)]\n"
         "import fastrnn\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, env=environment
+    )
     assert found.returncode == 0, found.stderr
     assert f"run python setup.py build_ext --inplace in {tree}, or start Python" in found.stderr
     assert f"the tree hides the fastrnn installed in {site / 'fastrnn'}" in found.stderr
