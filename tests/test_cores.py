@@ -208,7 +208,7 @@ assert tasks() == before, (tasks(), before)
 
 @needs_affinity
 def test_threads_that_share_a_core_give_the_bits_of_those_that_do_not() -> None:
-    """They sleep until the core has come to the others."""
+    """They wait until the core has come to the others."""
     code = f"""
 {_LAYERS}
 _C.use_all_threads(True)
