@@ -85,7 +85,7 @@ def test_explain_on_a_gpu(torch_kind: Any, kind: Any, options: Any) -> None:
 
 @layers
 def test_shapes_on_a_gpu(torch_kind: Any, kind: Any, options: Any) -> None:
-    """One operator a layer, on tensors that stay on the device. (Autograd needs a torch with CUDA.)"""
+    """One operator a layer, on tensors that stay there. (Autograd needs a torch with CUDA.)"""
     with torch.no_grad(), FakeTensorMode(), Spy() as spy:
         layer = pretend_on_gpu(kind(4, 6, 2, bidirectional=True, **options))
         y = layer(torch.empty(5, 3, 4, device="cuda"))[0]
