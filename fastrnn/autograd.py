@@ -137,9 +137,7 @@ class Route(NamedTuple):
     plain: bool = False  # for plain tensors, which nobody watches
     # On a GPU backends look at more: torch's settings of precision, the state of the device.
     settled: bool = False  # nothing but the problem decides who serves it
-    kept: list[Tensor] | None = (
-        None  # where to put what the backward pass reads, for others to read
-    )
+    kept: list[Tensor] | None = None  # where what is saved for the backward pass goes as well
     open: bool = False  # autograd sees through what the backend, an Open one, does
 
     @classmethod
