@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import run_python
 
 from fastrnn import cores
+from fastrnn.backends import cpu
 
 _C = pytest.importorskip("fastrnn._C")
 
@@ -219,3 +221,17 @@ for layer, truth in zip(layers, expected):
     assert all(map(torch.equal, gradients(layer, x), truth))
 """
     check(code)
+
+
+def test_more_cores_between_a_kernels_answer_and_its_next_call() -> None:
+    """More threads take more scratch memory than the kernel said: it is asked again, rather than
+    left without having computed anything."""
+    takes, given = iter([100, 200, 200]), []
+
+    def kernel(memory: torch.Tensor) -> int:
+        given.append(memory.numel())
+        needed = next(takes)
+        return needed if memory.numel() < needed else 0
+
+    cpu._Workspace().run(kernel)
+    assert given == [0, 100, 200]

@@ -54,14 +54,14 @@ class _Workspace(threading.local):
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def run(self, kernel: Callable[..., int], *arguments: object) -> None:
-        """Call `kernel` with scratch memory; it answers how much it takes if that is too little."""
-        needed = kernel(self._memory, *arguments)
-        if not needed:
-            return
-        memory = torch.empty(needed, dtype=torch.uint8, device="cpu")
-        if needed <= self._most:
-            self._memory = memory
-        kernel(memory, *arguments)
+        """Call `kernel` with scratch memory. Where that is too little, it does nothing but answer
+        how much it takes, which may be more by the next call: each thread takes its own, and the
+        cores that the process may use change while it runs."""
+        memory = self._memory
+        while needed := kernel(memory, *arguments):
+            memory = torch.empty(needed, dtype=torch.uint8, device="cpu")
+            if needed <= self._most:
+                self._memory = memory
 
 
 _workspace = _Workspace()
