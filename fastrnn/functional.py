@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
-from . import _torch, transforms
+from . import _torch, record, transforms
 from .autograd import Route, scan, wants_gradients
 from .backends import Inputs, Problem, Weights, asked, check_batch_sizes, check_lengths
 from .cells import CELLS, Cell, States
@@ -24,7 +24,7 @@ Way = tuple[Route, transforms.Fold | None]
 
 # The ways of calls that have passed the checks. What has the same dtypes, devices and shapes
 # passes too, and goes the same way: finding that out takes longer than a small layer.
-_checked: dict[tuple[object, ...], Way] = {}
+_checked: dict[tuple[object, ...], Way] = record.choices()
 _MOST_CHECKED = 4096
 
 Check = Callable[[Tensor, States | None, Weights, Tensor | None], None]

@@ -109,11 +109,24 @@ def _sorted(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def folder() -> Path:
-    """Where records lie."""
+    """Where records lie.
+
+    Raises:
+        RuntimeError: neither of the two variables is set, and the user has no home directory.
+    """
     own, cache = os.environ.get("FASTRNN_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
         return Path(own)
-    return (Path(cache) if cache else Path("~/.cache").expanduser()) / "fastrnn"
+    return (Path(cache) if cache else Path.home() / ".cache") / "fastrnn"
+
+
+def has_folder() -> bool:
+    """Whether there is a place for records at all."""
+    try:
+        folder()
+    except RuntimeError:
+        return False
+    return True
 
 
 def path_of(device: torch.device) -> Path:
@@ -237,7 +250,7 @@ def ignored() -> Iterator[None]:
 @functools.cache
 def of(device: torch.device) -> Record | None:
     """The record that choices on the device go by: read once, with a warning if it is unfit."""
-    if not _in_use or not machine.is_present(device):
+    if not _in_use or not machine.is_present(device) or not has_folder():
         return None
     try:
         return read(device)
@@ -259,10 +272,24 @@ def measured(
     return None if record is None else record.nearest(cell, _name(dtype), training, H, B)
 
 
+# The dictionaries that `choices` has made.
+_choices: list[dict[Any, Any]] = []
+
+
+def choices() -> dict[Any, Any]:
+    """A dictionary in which another module may remember who serves a call: emptied whenever records
+    are to be read anew, as the choice goes by them."""
+    remembered: dict[Any, Any] = {}
+    _choices.append(remembered)
+    return remembered
+
+
 def forget() -> None:
-    """Read records anew when they are asked for next."""
+    """Read records anew when they are asked for next, and forget what was chosen by them."""
     of.cache_clear()
     measured.cache_clear()
+    for remembered in _choices:
+        remembered.clear()
 
 
 def has_times(device: torch.device) -> bool:

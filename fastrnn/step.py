@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _torch, functional
+from . import _torch, functional, record
 from .autograd import plain_backward
 from .backends import Grads, Inputs, Open, Problem, StepInputs, TakesSteps, asked, choose
 from .cells import CELLS, States
@@ -47,10 +47,11 @@ def step(cell: str, inputs: StepInputs, check: Check, sizes: tuple[int, int]) ->
         return _as_layer(cell, inputs)
     grad = torch.is_grad_enabled() and _any_requires_grad(tensors)
     key = (cell, sizes, grad, asked(), read)
-    if key not in _bound:
+    bound = _bound.get(key, _UNKNOWN)  # in one access, as another thread may clear the dictionary
+    if bound is _UNKNOWN:
         check(inputs)
-        _remember(key, Bound.of(cell, inputs, grad))
-    bound = _bound[key]
+        bound = Bound.of(cell, inputs, grad)
+        _remember(key, bound)
     return _as_layer(cell, inputs) if bound is None else bound.run(inputs)
 
 
@@ -90,8 +91,9 @@ class Bound(NamedTuple):
 
 
 # The steps that have passed the checks, by all that may decide who serves them; None: as layers.
-_bound: dict[tuple[object, ...], Bound | None] = {}
+_bound: dict[tuple[object, ...], Bound | None] = record.choices()
 _MOST_BOUND = 4096
+_UNKNOWN: Any = object()
 
 
 def _remember(key: tuple[object, ...], bound: Bound | None) -> None:

@@ -300,6 +300,21 @@ def test_what_a_step_may_be_is_found_out_anew() -> None:
     assert step(x.double()).dtype == torch.float64
 
 
+def test_a_remembered_step_may_be_forgotten_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, for whose steps there is no more room: here after every look."""
+
+    class Forgetful(dict[Any, Any]):
+        def __contains__(self, key: object) -> bool:
+            known = super().__contains__(key)
+            self.clear()
+            return known
+
+    step, x = fastrnn.RNNCell(I, H), torch.randn(B, I)
+    expected = step(x)
+    monkeypatch.setattr(fastrnn.step, "_bound", Forgetful(fastrnn.step._bound))
+    assert torch.equal(step(x), expected)
+
+
 def test_remembered_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastrnn.step, "_bound", {})
     monkeypatch.setattr(fastrnn.step, "_MOST_BOUND", 3)

@@ -14,6 +14,7 @@ import fastrnn
 from fastrnn import backends, machine, record
 from fastrnn.backends import BACKENDS, Problem, choose
 from fastrnn.backends.cpu import CPU as CPU_BACKEND
+from fastrnn.commands.info import show_record
 from fastrnn.record import Kernel, Times
 from fastrnn.validation import Case, as_problem, make_inputs
 
@@ -115,6 +116,56 @@ def test_a_wrong_kernel_serves_no_more() -> None:
         choose(problem())
     with record.ignored():
         assert choose(problem()).name == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (fastrnn.GRU(5, 16), torch.randn(2, 4, 5)),
+        (fastrnn.GRUCell(5, 16), torch.randn(4, 5)),
+    ],
+    ids=["layer", "cell"],
+)
+def test_calls_made_before_go_by_a_new_record(
+    monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module, x: torch.Tensor
+) -> None:
+    served: list[str] = []
+    for name in ("forward", "step"):
+
+        def counted(*arguments: Any, name: str = name, run: Any = getattr(CPU_BACKEND, name)) -> Any:
+            served.append(name)
+            return run(*arguments)
+
+        monkeypatch.setattr(CPU_BACKEND, name, counted)
+    module(x)
+    assert len(served) == 1
+    record.write_checked(CPU, {own_kernel("gru"): "y is off"})
+    module(x)
+    assert len(served) == 1
+    with record.ignored():
+        module(x)
+    assert len(served) == 2
+    module(x)
+    assert len(served) == 2
+
+
+def test_a_user_without_a_home_has_no_record(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As containers have users that their system does not know."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FASTRNN_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(Path, "expanduser", lambda _: no_home())
+    record.forget()
+    assert record.of(CPU) is None
+    assert choose(problem()).name == "cpu"
+    show_record(CPU)
+    assert "set FASTRNN_CACHE to a folder" in capsys.readouterr().out
 
 
 def test_a_kernel_of_another_instruction_set_may_be_wrong() -> None:

@@ -40,7 +40,6 @@ _FUNCTIONS = {
     "rnn_relu": _Functions(torch.rnn_relu, torch.rnn_relu_cell),
 }
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_ONEDNN = (torch.float32, torch.bfloat16)
 _DIRECTIONS = ((False,), (True,), (False, True))
 _MOST_STEPS = 65535  # of cuDNN
 
@@ -122,10 +121,10 @@ class _Aten:
         return [next(found) if needed and is_given else None for needed, is_given in each]
 
     def is_open(self, problem: Problem) -> bool:
-        """On a CPU nothing but LSTMs on oneDNN is fused, and that not in float16 with gradients."""
-        fused = problem.cell.name == "lstm" and problem.dtype in _ONEDNN
-        whole = not problem.lengths and not problem.reset
-        return problem.device.type == "cpu" and whole and (not fused or _is_step(problem))
+        """In float16 on a CPU, where no layer is fused once it has gradients, and where this
+        backend serves by default."""
+        is_cut = problem.lengths or problem.reset
+        return problem.device.type == "cpu" and problem.dtype == torch.float16 and not is_cut
 
     def open_forward(self, problem: Problem, inputs: Inputs) -> Outputs:
         return _run(problem, inputs)

@@ -52,6 +52,9 @@ def show_backends(device: torch.device) -> None:
 
 
 def show_record(device: torch.device) -> None:
+    if not record.has_folder():
+        print(f"record of {device}: there is no home directory: set FASTRNN_CACHE to a folder")
+        return
     path = record.path_of(device)
     found = record.of(device)
     if found is None:
