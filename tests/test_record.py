@@ -130,13 +130,16 @@ def test_calls_made_before_go_by_a_new_record(
     monkeypatch: pytest.MonkeyPatch, module: torch.nn.Module, x: torch.Tensor
 ) -> None:
     served: list[str] = []
-    for name in ("forward", "step"):
 
-        def counted(*arguments: Any, name: str = name, run: Any = getattr(CPU_BACKEND, name)) -> Any:
-            served.append(name)
+    def counting(run: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> Any:
+            served.append("cpu")
             return run(*arguments)
 
-        monkeypatch.setattr(CPU_BACKEND, name, counted)
+        return counted
+
+    for name in ("forward", "step"):
+        monkeypatch.setattr(CPU_BACKEND, name, counting(getattr(CPU_BACKEND, name)))
     module(x)
     assert len(served) == 1
     record.write_checked(CPU, {own_kernel("gru"): "y is off"})
