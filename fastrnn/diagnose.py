@@ -137,7 +137,7 @@ def diagnose(
     for k, kind in enumerate(kinds):
         by_row = torch.stack([_norm_of_rows(d) for d in grads[k :: len(kinds)]], 1)
         norms[kind] = by_row.cpu()
-    return Diagnosis(torch.arange(1, lags + 1), norms)
+    return Diagnosis(torch.arange(1, lags + 1, device="cpu"), norms)
 
 
 def _leaf(state: Any) -> Any:

@@ -300,6 +300,13 @@ def test_what_a_step_may_be_is_found_out_anew() -> None:
     assert step(x.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("missing", [(0,), (1,), (0, 1)])
+def test_a_state_of_an_lstm_cell_may_not_be_none(missing: tuple[int, ...]) -> None:
+    hx: Any = tuple(None if k in missing else torch.randn(B, H) for k in range(2))
+    with pytest.raises(TypeError, match=r"expects hx to be a tuple \(h_0, c_0\)"):
+        fastrnn.LSTMCell(I, H)(torch.randn(B, I), hx)
+
+
 def test_a_remembered_step_may_be_forgotten_at_any_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """By another thread, for whose steps there is no more room: here after every look."""
 

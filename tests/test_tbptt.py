@@ -394,3 +394,11 @@ def test_plot() -> None:
 def test_nothing_is_imported_for_plots_before_one_is_asked_for() -> None:
     found = run_python("import fastrnn, sys; assert 'matplotlib' not in sys.modules")
     assert found.returncode == 0, found.stderr
+
+
+def test_diagnose_under_a_default_device() -> None:
+    layer, x = fastrnn.GRU(3, 4), torch.randn(6, 2, 3)
+    with torch.device("meta"):
+        found = fastrnn.diagnose(layer, x)
+        assert found.lags.device == found.norms["h"].device
+        assert "at lag 5" in str(found)

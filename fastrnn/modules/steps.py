@@ -195,6 +195,8 @@ class LSTMCell(Step):
             )
         if len(states) != 2:
             raise RuntimeError("lstm_cell expects two hidden states")
+        if states[0] is None or states[1] is None:
+            raise TypeError(f"LSTMCell expects hx to be a tuple (h_0, c_0), got {hx!r:.60}")
         h, c = self._step(input, *states)
         return h, c
 
