@@ -164,10 +164,9 @@ class Route(NamedTuple):
 
     def forward(self, inputs: Inputs, save: bool) -> Outputs:
         """The backend's forward pass, through the operator if anyone watches."""
-        problem, backend, plain, *_ = self
-        if plain:
-            return backend.forward(problem, inputs, save)
-        return run_forward(backend, problem, inputs, save)
+        if self.plain:
+            return self.backend.forward(self.problem, inputs, save)
+        return run_forward(self.backend, self.problem, inputs, save)
 
     def backward(
         self,
@@ -179,7 +178,7 @@ class Route(NamedTuple):
         samples: int = 1,
     ) -> Sequence[Tensor | None]:
         """Its backward pass: see :class:`fastrnn.backends.Backend`."""
-        problem, backend, plain, *_ = self
+        problem, backend, plain = self.problem, self.backend, self.plain
         if (
             plain
             and not torch.is_grad_enabled()
@@ -202,7 +201,7 @@ class Route(NamedTuple):
 def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Run one layer, whose inputs have been checked, by a route that no transform is to be peeled
     off for: y, h_n, c_n and c."""
-    problem, backend, plain, *_ = route
+    problem, backend, plain = route.problem, route.backend, route.plain
     if backend.differentiable:
         y, h_n, c_n, c, _ = backend.forward(problem, inputs, False)
         return y, h_n, c_n, c

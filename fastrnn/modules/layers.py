@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -216,51 +217,46 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
         states: States | None,
         batch_sizes: Tensor | None = None,
         order: Tensor | None = None,
-        **options: Any,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_hx: States | None = None,
     ) -> tuple[Tensor, States, Tensor | None, list[States]]:
         """y, the last states, c of every step or None, and with return_layers all states of every
         layer."""
         weights = self._weights()
-        if not torch.compiler.is_compiling() and _torch.function_modes():
-            given = (x, batch_sizes, order, *(states or ()), *options.values(), *chain(*weights))
-            if is_slowed_down(given):
-                with _torch.DisableTorchFunction():
-                    return self._run_with(weights, x, states, batch_sizes, order, **options)
-        return self._run_with(weights, x, states, batch_sizes, order, **options)
-
-    def _run_with(
-        self,
-        weights: list[list[Any]],
-        x: Tensor,
-        states: States | None,
-        batch_sizes: Tensor | None,
-        order: Tensor | None,
-        **options: Any,
-    ) -> tuple[Tensor, States, Tensor | None, list[States]]:
-        """:meth:`_run` with the weights at hand."""
         layers: list[States] = []
         check: functional.Check | None = self._check
-        if states is not None and self.num_layers > 1:  # of which a layer sees only its own
-            stop_at_overrides((x, *states, *weights[0]))
-            self._check(x, states, weights[0], batch_sizes)
-            check = None
+        if states is not None:
+            if self.num_layers > 1:  # of which a layer sees only its own
+                stop_at_overrides((x, *states, *weights[0]))
+                self._check(x, states, weights[0], batch_sizes)
+                check = None
+            states = _permute(states, order)
         if self.training and self.weight_dropout:
             weights = [self._drop_recurrent(flat) for flat in weights]
-        y, ends, c = functional.stack(
-            self._cell,
-            x,
-            None if states is None else _permute(states, order),
-            weights,
-            bidirectional=self.bidirectional,
-            dropout=self.dropout,
-            training=self.training,
-            batch_sizes=batch_sizes,
-            all_states=self.return_states,
-            recompute=self.recompute,
-            check=check,
-            every=layers if self.return_layers else None,
-            **options,
-        )
+        slowed_down = False
+        if not torch.compiler.is_compiling() and _torch.function_modes():
+            given = (x, *(states or ()), batch_sizes, lengths, reset, *(reset_hx or ()))
+            slowed_down = is_slowed_down((*given, *chain(*weights)))
+        with _torch.DisableTorchFunction() if slowed_down else nullcontext():
+            y, ends, c = functional.stack(
+                self._cell,
+                x,
+                states,
+                weights,
+                bidirectional=self.bidirectional,
+                dropout=self.dropout,
+                training=self.training,
+                batch_sizes=batch_sizes,
+                lengths=lengths,
+                reset=reset,
+                reset_hx=reset_hx,
+                all_states=self.return_states,
+                recompute=self.recompute,
+                check=check,
+                every=layers if self.return_layers else None,
+            )
         return y, ends, c, layers
 
     @property
