@@ -76,7 +76,7 @@ struct Share {
   Range groups;  // of my part
   bool scans, own_panels;
   int row_part, row_parts, unit_part, unit_parts;
-  bool in_turn;
+  bool interleaved;
   int64_t first_row, row_step;
   Barrier* units;
 
@@ -96,9 +96,9 @@ struct Share {
     s.unit_parts = plan.unit_parts;
     s.row_part = s.member / plan.unit_parts;
     s.unit_part = s.member % plan.unit_parts;
-    s.in_turn = args.seq.batch_sizes != nullptr;
-    s.first_row = s.in_turn ? s.row_part : split(args.seq.B, plan.row_parts, s.row_part).begin;
-    s.row_step = s.in_turn ? plan.row_parts : 1;
+    s.interleaved = args.seq.batch_sizes != nullptr;
+    s.first_row = s.interleaved ? s.row_part : split(args.seq.B, plan.row_parts, s.row_part).begin;
+    s.row_step = s.interleaved ? plan.row_parts : 1;
     s.units = team.units + s.part * plan.row_parts + s.row_part;
     return s;
   }
@@ -117,7 +117,7 @@ struct Share {
   Copies of_weights() const { return own_panels ? of_row_parts() : Copies{1, 0}; }
   // How many of the first n rows are mine, n being B or 0 of a dense batch; the j-th of them is row(j).
   int64_t count(int64_t n) const {
-    if (!in_turn) return split(n, row_parts, row_part).size();
+    if (!interleaved) return split(n, row_parts, row_part).size();
     return n <= row_part ? 0 : ceil_div(n - row_part, row_parts);
   }
   int64_t row(int64_t j) const { return first_row + j * row_step; }
