@@ -120,8 +120,8 @@ template <>
 inline constexpr int64_t kSumDepth<bf16> = std::numeric_limits<int64_t>::max();
 
 // C, rows c_stride apart, is the product plus the rows at `init`: the bias, repeated by init_stride 0, or the C of an
-// earlier part of K. `ahead` is weights soon wanted: one cache line of it is fetched into L2 for every k, so that panels
-// that come from beyond L2 arrive while earlier ones are multiplied.
+// earlier part of K. `ahead` is weights soon wanted: one cache line of it is fetched into L2 for every k, so that
+// panels that come from beyond L2 arrive while earlier ones are multiplied.
 template <class T, int MR, int NV>
 void block(const T* a, int64_t lda, const T* panel, int64_t K, const Acc<T>* init, int64_t init_stride, Acc<T>* c,
            int64_t c_stride, const void* ahead) {
