@@ -6,6 +6,7 @@ None of these is documented, so a new version of torch may drop one: this is whe
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ tracing_state = _C._get_tracing_state
 dispatch_modes = _C._len_torch_dispatch_stack
 function_modes = _C._len_torch_function_stack
 function_mode_at = _C._get_function_stack_at
+# Whether make_fx or export records what comes before autograd: by a mode in a stack of its own,
+# which this key tells of, and `dispatch_modes` does not.
+records_above_autograd = partial(
+    _C._dispatch_tls_is_dispatch_key_included, _C.DispatchKey.PreDispatch
+)
 
 # Autocast of any device in one call, where torch.is_autocast_enabled asks about one.
 autocast_active = _C._is_any_autocast_enabled
@@ -74,12 +80,6 @@ wrap_tracked = _functorch._wrap_for_grad
 def is_forward_differentiated() -> bool:
     """Whether a level of forward-mode differentiation is open."""
     return forward_ad._current_level >= 0
-
-
-def records_above_autograd() -> bool:
-    """Whether make_fx or export records what comes before autograd: by a mode in a stack of its
-    own, which this key tells of, and `dispatch_modes` does not."""
-    return bool(_C._dispatch_tls_is_dispatch_key_included(DispatchKey.PreDispatch))
 
 
 def saves_elsewhere() -> bool:

@@ -14,7 +14,6 @@ from .backends import (
     Backend,
     Grads,
     Inputs,
-    Open,
     Outputs,
     Problem,
     Recompute,
@@ -138,7 +137,6 @@ class Route(NamedTuple):
     # On a GPU backends look at more: torch's settings of precision, the state of the device.
     settled: bool = False  # nothing but the problem decides who serves it
     kept: list[Tensor] | None = None  # where what is saved for the backward pass goes as well
-    open: bool = False  # autograd sees through what the backend, an Open one, does
 
     @classmethod
     def find(cls, problem: Problem, recompute: int, plain: bool) -> Route:
@@ -146,8 +144,7 @@ class Route(NamedTuple):
         backend = choose(problem)
         if recompute and problem.grad and recompute < problem.T:
             backend = _recomputing(backend, recompute, problem)
-        is_open = plain and isinstance(backend, Open) and backend.is_open(problem)
-        return cls(problem, backend, plain, problem.device.type == "cpu", open=is_open)
+        return cls(problem, backend, plain, problem.device.type == "cpu")
 
     @classmethod
     def below(cls, problem: Problem, backend: Backend, inputs: Inputs) -> Route:
@@ -204,10 +201,6 @@ def scan(route: Route, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | None, T
     problem, backend, plain = route.problem, route.backend, route.plain
     if backend.differentiable:
         y, h_n, c_n, c, _ = backend.forward(problem, inputs, False)
-        return y, h_n, c_n, c
-    if route.open and problem.grad:
-        assert isinstance(backend, Open)
-        y, h_n, c_n, c, _ = backend.open_forward(problem, inputs)
         return y, h_n, c_n, c
     if not problem.grad or (not plain and _torch.wants_operators_alone()):
         # In exported programs the operator stands alone, with its own gradients (_operator): strict

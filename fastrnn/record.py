@@ -335,7 +335,7 @@ def _kernel(backend: str, cell: str, dtype: torch.dtype) -> Kernel:
 
 def isa_of(backend: str) -> str:
     """The instruction set that a backend's kernels use now; "" if there is but one for them."""
-    return machine.instruction_set() if backend == "cpu" else ""
+    return machine.instruction_set() if backend in ("cpu", "widened") else ""
 
 
 def _name(dtype: torch.dtype) -> str:

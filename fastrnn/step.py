@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _torch, functional, record
 from .autograd import plain_backward
-from .backends import Grads, Inputs, Open, Problem, StepInputs, TakesSteps, asked, choose
+from .backends import Grads, Inputs, Problem, StepInputs, TakesSteps, asked, choose
 from .cells import CELLS, States
 from .plain import all_plain, is_watched, signature
 
@@ -59,8 +59,7 @@ class Bound(NamedTuple):
     """What the steps of equal dtypes, devices and shapes have in common."""
 
     problem: Problem
-    kernel: TakesSteps | None
-    plain: Open | None  # who serves where no kernel does
+    kernel: TakesSteps
 
     @classmethod
     def of(cls, cell: str, inputs: StepInputs, grad: bool) -> Bound | None:
@@ -70,18 +69,13 @@ class Bound(NamedTuple):
         given, options = (_states(layer), None), ((False,), False, 0)
         problem = functional.checked_problem(CELLS[cell], layer, None, given, options, None, grad)
         backend = choose(problem)
-        if problem.device.type != "cpu":
+        if problem.device.type != "cpu" or not isinstance(backend, TakesSteps):
             return None
-        if isinstance(backend, Open) and backend.is_open(problem):
-            return cls(problem, None, backend)
-        return cls(problem, backend, None) if isinstance(backend, TakesSteps) else None
+        return cls(problem, backend)
 
     def run(self, inputs: StepInputs) -> States:
         """The new states."""
-        problem, kernel, plain = self
-        if plain is not None:
-            return tuple(plain.open_step(problem, inputs))
-        assert kernel is not None
+        problem, kernel = self
         if problem.grad:
             x, h0, c0, weights = inputs
             h, c = _apply(self, x, h0, c0, *weights)  # type: ignore[no-untyped-call]
@@ -141,7 +135,6 @@ class CellStep(torch.autograd.Function):
         c0: Tensor | None,
         *weights: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        assert bound.kernel is not None
         h, c, saved = bound.kernel.step(bound.problem, StepInputs(x, h0, c0, weights), True)
         ctx.set_materialize_grads(False)
         ctx.bound = bound
@@ -156,7 +149,7 @@ class CellStep(torch.autograd.Function):
         x, h0, c0, *others = ctx.saved_tensors
         weights, saved = others[: len(needs) - 3], others[len(needs) - 3 :]
         inputs = StepInputs(x, h0, c0, weights)
-        problem, kernel, _ = ctx.bound
+        problem, kernel = ctx.bound
         with _torch.DisableAutocast():  # which forward() may not have been called under
             if torch.is_grad_enabled() or is_watched() or not all_plain((dh, dc)):
                 return None, *_plain_gradients(problem, inputs, dh, dc, needs)

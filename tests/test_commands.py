@@ -92,6 +92,7 @@ def test_check_takes_every_kernel_of_the_cpu() -> None:
     assert names == [
         *(record.Kernel("cpu", isa, "lstm", "float32") for isa in isas),
         record.Kernel("aten", "", "lstm", "float32"),
+        *(record.Kernel("widened", isa, "lstm", "float16") for isa in isas),
         record.Kernel("aten", "", "lstm", "float16"),
     ]
 
@@ -142,12 +143,13 @@ def test_tune_writes_times_that_choices_go_by(capsys: pytest.CaptureFixture[str]
     found = record.of(CPU)
     assert found is not None
     points = [t[:5] for t in found.times]
-    # There is but one kernel for float16 on a CPU, and nothing to choose.
     assert points == [
-        ("rnn_tanh", "float32", training, H, 1) for training in (False, True) for H in (4, 9)
-    ]
+        ("rnn_tanh", dtype, training, H, 1)
+        for dtype in ("float32", "float16") for training in (False, True) for H in (4, 9)
+    ]  # fmt: skip
     for times in found.times:
-        assert times.seconds.keys() == {"cpu", "aten"}
+        ours = "cpu" if times.dtype == "float32" else "widened"
+        assert times.seconds.keys() == {ours, "aten"}
         assert all(seconds > 0 for seconds in times.seconds.values())
         best = min(times.seconds, key=lambda name: times.seconds[name])
         asked = ("rnn_tanh", torch.float32, CPU, times.training, times.H, 1)

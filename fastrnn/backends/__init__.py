@@ -17,7 +17,6 @@ from .base import (
     Backend,
     Grads,
     Inputs,
-    Open,
     Outputs,
     Prepares,
     Problem,
@@ -32,6 +31,7 @@ from .cuda import CUDA
 from .recompute import MARK, Recompute
 from .reference import REFERENCE
 from .triton import TRITON
+from .widened import WIDENED, pays
 
 __all__ = [
     "BACKENDS",
@@ -39,7 +39,6 @@ __all__ = [
     "Backend",
     "Grads",
     "Inputs",
-    "Open",
     "Outputs",
     "Prepares",
     "Problem",
@@ -60,7 +59,7 @@ __all__ = [
     "transforms_refusal",
 ]
 
-BACKENDS: list[Backend] = [CPU, CUDA, TRITON, ATEN, REFERENCE]
+BACKENDS: list[Backend] = [CPU, CUDA, TRITON, WIDENED, ATEN, REFERENCE]
 
 
 def by_name(name: str) -> Backend:
@@ -190,10 +189,18 @@ def choose(problem: Problem) -> Backend:
 def _in_order(problem: Problem) -> list[Backend]:
     """The backends in which one is looked for: those that `tune` has measured come first."""
     if not record.has_times(problem.device):
-        return BACKENDS
+        is_small = problem.dtype == torch.float16 and not _pays(problem)
+        return [b for b in BACKENDS if b is not WIDENED] if is_small else BACKENDS
     names = record.fastest(*timed_as(problem))
     measured = [backend for name in names for backend in BACKENDS if backend.name == name]
     return [*measured, *(backend for backend in BACKENDS if backend.name not in names)]
+
+
+def _pays(problem: Problem) -> bool:
+    """See :func:`fastrnn.backends.widened.pays`; what is made of a call that is compiled serves
+    other sizes too."""
+    cell, _, _, T, B, I, H, *_ = problem
+    return torch.compiler.is_compiling() or pays(cell, T, T * B, I, H, problem.grad)
 
 
 def timed_as(problem: Problem) -> tuple[str, torch.dtype, torch.device, bool, int, int | None]:

@@ -33,7 +33,7 @@ class _Functions(NamedTuple):
     step: Callable[..., Any]
 
 
-_FUNCTIONS = {
+FUNCTIONS = {
     "lstm": _Functions(torch.lstm, torch.lstm_cell),
     "gru": _Functions(torch.gru, torch.gru_cell),
     "rnn_tanh": _Functions(torch.rnn_tanh, torch.rnn_tanh_cell),
@@ -55,7 +55,7 @@ class _Aten:
     on_request: str | None = None
 
     def supports(self, problem: Problem) -> str | None:
-        if problem.cell.name not in _FUNCTIONS:
+        if problem.cell.name not in FUNCTIONS:
             return f"torch has no layer for the cell {problem.cell.name}"
         if problem.dtype not in _DTYPES:
             return f"torch's layers take floats of 16, 32 and 64 bits, not {problem.dtype}"
@@ -119,20 +119,6 @@ class _Aten:
         found = iter(_gradients(saved[:outputs], grads, leaves))
         each = zip(needs, given, strict=True)
         return [next(found) if needed and is_given else None for needed, is_given in each]
-
-    def is_open(self, problem: Problem) -> bool:
-        """In float16 on a CPU, where no layer is fused once it has gradients, and where this
-        backend serves by default."""
-        is_cut = problem.lengths or problem.reset
-        return problem.device.type == "cpu" and problem.dtype == torch.float16 and not is_cut
-
-    def open_forward(self, problem: Problem, inputs: Inputs) -> Outputs:
-        return _run(problem, inputs)
-
-    def open_step(self, problem: Problem, step: StepInputs) -> Sequence[Tensor]:
-        new = _step(problem, step)
-        # What changes in place shall not be what autograd has saved.
-        return [s.clone() for s in new] if problem.grad else new
 
 
 ATEN = _Aten()
@@ -246,7 +232,7 @@ def _run(problem: Problem, inputs: Inputs) -> Outputs:
 
 def _layer(problem: Problem, inputs: Inputs) -> Outputs:
     x, batch_sizes = inputs.x, inputs.batch_sizes
-    run = _FUNCTIONS[problem.cell.name].layer
+    run = FUNCTIONS[problem.cell.name].layer
     states, params = _initial(problem, inputs), _params(problem, x, inputs.weights)
     # Whether a layer is in training mode does not matter, as there is no dropout inside; but cuDNN
     # has no backward pass where it is not.
@@ -282,7 +268,7 @@ def _step(problem: Problem, step: StepInputs) -> list[Tensor]:
         for s in (h0, c0)[: problem.cell.states]
     ]
     params = _params(problem, x, weights)
-    found = _FUNCTIONS[problem.cell.name].step(x, _as_hx(states), *params)
+    found = FUNCTIONS[problem.cell.name].step(x, _as_hx(states), *params)
     return [found] if problem.cell.states == 1 else list(found)
 
 

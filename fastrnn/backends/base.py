@@ -235,21 +235,6 @@ class TakesSteps(Protocol):
         c, None standing for zeros."""
 
 
-@runtime_checkable
-class Open(Protocol):
-    """A backend that is plain torch for some problems: autograd sees through them, as often as it
-    is asked to differentiate. Where nobody watches it is then called so, without a Function."""
-
-    def is_open(self, problem: Problem) -> bool:
-        """Whether this problem is one of them."""
-
-    def open_forward(self, problem: Problem, inputs: Inputs) -> Outputs:
-        """As :meth:`Backend.forward`, of an open problem; nothing is saved."""
-
-    def open_step(self, problem: Problem, step: StepInputs) -> Sequence[Tensor]:
-        """The new states [B, H] of a cell's step, which is an open problem."""
-
-
 def unpacked(batch_sizes: Tensor, B: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Each batch row's length, and each step's first row, from the rows that a step has; on the
     device, which nobody waits for."""

@@ -13,8 +13,8 @@ from torch.nn import RNNBase
 from torch.nn.functional import dropout as _dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from .. import _torch, functional
-from ..backends import Weights, aten
+from .. import _torch, by_torch, functional
+from ..backends import Weights, aten, check_batch_sizes
 from ..cells import CELLS, States
 from ..plain import OverriddenError, is_slowed_down, stop_at_overrides
 from .identity import AnswersAsTorch
@@ -233,6 +233,10 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
                 self._check(x, states, weights[0], batch_sizes)
                 check = None
             states = _permute(states, order)
+        if x.dtype is torch.float16 and lengths is None and reset is None and reset_hx is None:
+            results = self._run_by_torch(x, states, weights, batch_sizes)
+            if results is not None:
+                return *results, None, []
         if self.training and self.weight_dropout:
             weights = [self._drop_recurrent(flat) for flat in weights]
         slowed_down = False
@@ -258,6 +262,26 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
                 every=layers if self.return_layers else None,
             )
         return y, ends, c, layers
+
+    def _run_by_torch(
+        self,
+        x: Tensor,
+        states: States | None,
+        weights: list[list[Any]],
+        batch_sizes: Tensor | None,
+    ) -> tuple[Tensor, States] | None:
+        """y and the last states where torch's own functions serve best, else None."""
+        if self.return_states or self.return_layers or self.weight_dropout or self.recompute:
+            return None
+        H, directions = self.hidden_size, 2 if self.bidirectional else 1
+        sizes = by_torch.Sizes(self._cell, H, self.proj_size or H, self.num_layers, directions)
+        if not by_torch.serves_layers(sizes, x, batch_sizes):
+            return None
+        if batch_sizes is not None:
+            check_batch_sizes(batch_sizes, x.shape[0])
+        self._check(x, states, weights[0], batch_sizes)
+        dropout = self.dropout if self.training else 0.0
+        return by_torch.layers(sizes, x, batch_sizes, states, weights, dropout)
 
     @property
     def _cell(self) -> str:

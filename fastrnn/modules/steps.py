@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase
 
-from .. import _torch, functional
+from .. import _torch, by_torch, functional
 from ..backends import StepInputs
 from ..cells import CELLS, States
 from ..plain import OverriddenError, is_slowed_down, stop_at_overrides
@@ -32,7 +32,12 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
         raise NotImplementedError
 
     def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> States:
-        inputs = StepInputs(x, h, c, self._weights())
+        weights = self._weights()
+        if type(x) is Tensor and x.dtype is torch.float16:
+            cell, H = self._cell, self.hidden_size
+            if by_torch.serves_step(by_torch.Sizes(cell, H, H), x, h):
+                return by_torch.step(cell, x, h, c, weights)
+        inputs = StepInputs(x, h, c, weights)
         if is_slowed_down((x, h, c, *inputs.weights)):
             with _torch.DisableTorchFunction():
                 return self._run(inputs)
