@@ -152,7 +152,7 @@ def test_tune_writes_times_that_choices_go_by(capsys: pytest.CaptureFixture[str]
         assert times.seconds.keys() == {ours, "aten"}
         assert all(seconds > 0 for seconds in times.seconds.values())
         best = min(times.seconds, key=lambda name: times.seconds[name])
-        asked = ("rnn_tanh", torch.float32, CPU, times.training, times.H, 1)
+        asked = ("rnn_tanh", getattr(torch, times.dtype), CPU, times.training, times.H, 1)
         assert record.fastest(*asked)[0] == best
     assert str(found.path) in capsys.readouterr().out
 
