@@ -6,12 +6,15 @@ None of these is documented, so a new version of torch may drop one: this is whe
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import _C
+from torch import _C, Tensor
 from torch._C import _functorch
+from torch._C._dynamo import eval_frame
 
 # Which CompileContext is open: whether Dynamo traces, asked by code that Dynamo would not inline.
 from torch._guards import CompileContext as CompileContext
@@ -103,10 +106,63 @@ def wants_operators_alone() -> bool:
 _asks_for_export: Any = getattr(torch.compiler, "is_exporting", None)
 
 
+def has_autocast(device_type: str) -> bool:
+    """:func:`torch.amp.is_autocast_available`."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+# As torch.compiler.assume_constant_result marks it, which would import Dynamo. Dynamo of torch 2.9
+# and before knows nothing of torch's function, and breaks the graph.
+has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def to_list(tensor: Tensor) -> list[Any]:
+    """``tensor.tolist()``, under torch.func's transforms too, of which none may hide an axis of the
+    tensor. In torch 2.9 and before it wraps a tensor itself where a transform differentiates, and
+    reads the memory of the wrapper, which has none: it is called below all transforms."""
+    while is_wrapped(tensor):
+        tensor = unwrapped(tensor)
+    levels = []
+    while peek_interpreter() is not None:
+        levels.append(pop_interpreter())
+    try:
+        return tensor.tolist()
+    finally:
+        for level in reversed(levels):
+            push_interpreter(level)
+
+
+def cudnn_mode(cell: str) -> int:
+    """cuDNN's number for a kind of layer, such as "LSTM". In torch 2.9 and before, the module
+    that knows it is no attribute of its package until somebody imports it."""
+    rnn = importlib.import_module("torch.backends.cudnn.rnn")
+    return int(rnn.get_cudnn_mode(cell))
+
+
+def cudnn_allows_tf32() -> bool:
+    """Whether cuDNN's recurrent layers may use TF32. Before torch 2.9 there is one flag for all of
+    cuDNN. In 2.9 the settings of recurrent layers are an attribute of the class of
+    ``torch.backends.cudnn``, which a module of the same name hides once it is imported."""
+    cudnn = torch.backends.cudnn
+    for owner in (cudnn, type(cudnn)):
+        settings = getattr(owner, "rnn", None)
+        if hasattr(settings, "fp32_precision"):
+            return allows_tf32(settings)
+    return allows_tf32(cudnn)
+
+
+def leave_uncompiled(function: Callable[..., Any]) -> None:
+    """Keep Dynamo from compiling a function that runs between compiled ones. Dynamo of torch 2.6
+    runs code in which it has found no operator as it was written, and compiles what that calls.
+    Later ones do not, and have no such function; torch.compiler.disable would import Dynamo."""
+    skip_code = getattr(eval_frame, "skip_code", None)
+    if skip_code is not None:
+        skip_code(function.__code__)
+
+
 def allows_tf32(settings: Any) -> bool:
-    """Whether ``torch.backends.cuda.matmul`` or ``torch.backends.cudnn.rnn`` let float32 products
-    use TF32. Before torch 2.9 there were only flags, cuDNN's for all that it does."""
+    """Whether settings of a library, such as ``torch.backends.cuda.matmul``, let float32 products
+    use TF32. Before torch 2.9 they are a flag."""
     if hasattr(settings, "fp32_precision"):
         return bool(settings.fp32_precision == "tf32")
-    flags = settings if hasattr(settings, "allow_tf32") else torch.backends.cudnn
-    return bool(flags.allow_tf32)
+    return bool(settings.allow_tf32)

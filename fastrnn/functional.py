@@ -286,7 +286,7 @@ def _pair(states: States | None) -> tuple[Tensor | None, Tensor | None]:
 def is_autocast(device: torch.device) -> bool:
     """Whether an autocast region casts what is on the device: there is none for a meta device."""
     kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _torch.has_autocast(kind) and torch.is_autocast_enabled(kind)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
+from fastrnn import _torch
 from fastrnn.backends import Problem, aten, by_name, choose, refusal
 from fastrnn.cells import CELLS
 
@@ -188,7 +189,7 @@ class CudnnTwin:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.moved = 0
         monkeypatch.setattr(torch, "_cudnn_rnn_flatten_weight", self.flatten)
-        monkeypatch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda mode: mode)
+        monkeypatch.setattr(_torch, "cudnn_mode", lambda cell: cell)
         monkeypatch.setattr(aten, "is_for_cudnn", lambda weight: True)
 
     def flatten(self, weights: list[Tensor], *_: Any) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BACKEND_NAMES, STEPS, check_module, using
+from helpers import BACKEND_NAMES, REMEMBERS_CALLS, STEPS, check_module, using
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
-from fastrnn import _C
 from fastrnn.cells import CELLS
 
 B, I, H = 5, 4, 9
@@ -243,7 +242,7 @@ def test_second_derivatives_of_a_step(torch_kind: Any, kind: Any, options: Any) 
 
 
 on_the_short_path = pytest.mark.skipif(
-    not _C.reads_by_table(), reason="before torch 2.10 steps go the way of layers"
+    not REMEMBERS_CALLS, reason="before torch 2.10 steps go the way of layers"
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BACKEND_NAMES, LAYERS, STEPS
+from helpers import BACKEND_NAMES, LAYERS, STEPS, TORCH
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -34,7 +34,6 @@ def outcome(action: Callable[[], Any]) -> BaseException | None:
 
 # The texts are those of this version of torch and later ones.
 TEXTS_OF = (2, 13)
-TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 
 def assert_same_error(theirs: Callable[[], Any], ours: Callable[[], Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYERS, STEPS
+from helpers import LAYERS, STEPS, TORCH
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils import parametrizations, parametrize
@@ -193,4 +193,6 @@ def test_compiled_code_gets_the_same_answer(
 def test_exported_code_gets_the_same_answer(strict: bool) -> None:
     model, x = Asks(fastrnn.GRU, nn.GRU), torch.randn(T, B, I)
     program = torch.export.export(model, (x,), strict=strict)
-    torch.testing.assert_close(program.module()(x), model(x))
+    # Strict export of torch 2.9 and before goes by the type of a module: see docs/versions.md.
+    expected = x if strict and TORCH < (2, 10) else model(x)
+    torch.testing.assert_close(program.module()(x), expected)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BACKEND_NAMES, using
+from helpers import BACKEND_NAMES, REMEMBERS_CALLS, using
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
@@ -138,7 +138,7 @@ def test_checks_run_once_for_what_transforms_wrap(monkeypatch: pytest.MonkeyPatc
     layer = fastrnn.GRU(3, 4)
     for _ in range(3):
         torch.vmap(lambda x: layer(x)[0])(torch.randn(6, 5, 2, 3))
-    assert checked == [(5, 2, 3)]
+    assert checked == [(5, 2, 3)] * (1 if REMEMBERS_CALLS else 3)
     with pytest.raises(RuntimeError, match="must be equal to input_size"):
         torch.vmap(layer)(torch.randn(2, 5, 2, 4))
     with pytest.raises(ValueError, match="does not match weight dtype"):
@@ -167,6 +167,9 @@ def signature_of(*tensors: Tensor | None, in_dims: object = 0) -> object:
 
 def test_what_transforms_wrap_is_told_apart() -> None:
     x = torch.zeros(3, 3)
+    if not REMEMBERS_CALLS:
+        assert peeled(x) is None
+        pytest.skip("this torch publishes no table")
     leaf = torch.zeros(3, 3, requires_grad=True)
     assert signature_of(x) == signature_of(torch.ones(3, 3))
     others = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import using
+from helpers import REMEMBERS_CALLS, using
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -132,4 +132,4 @@ def test_how_members_fold_is_found_out_once(name: str, monkeypatch: pytest.Monke
     with using("cpu"):
         for _ in range(3):
             CALLS[name](loss, torch.randn(N, N, N, N), torch.randn(N, 3 * N, N))
-    assert len(found) == 1
+    assert len(found) == (1 if REMEMBERS_CALLS else 3)

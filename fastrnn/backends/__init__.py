@@ -223,7 +223,7 @@ def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
             "batch_sizes should always be a 1-D int64 CPU tensor, got "
             f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
         )
-    sizes = batch_sizes.tolist()
+    sizes: list[int] = _torch.to_list(batch_sizes)
     if not sizes:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if sizes[-1] <= 0 or sizes != sorted(sizes, reverse=True):

@@ -178,7 +178,7 @@ def flatten(cell: Cell, weights: Sequence[Tensor], directions: int) -> None:
     w_ih, w_hh = weights[:2]
     H = w_ih.shape[0] // cell.gates
     P = w_hh.shape[1] if each % 2 else 0
-    mode = torch.backends.cudnn.rnn.get_cudnn_mode(cell.name.upper())  # type: ignore[no-untyped-call]
+    mode = _torch.cudnn_mode(cell.name.upper())
     with torch.no_grad(), torch.cuda.device_of(w_ih):  # type: ignore[no-untyped-call]
         torch._cudnn_rnn_flatten_weight(
             list(weights), each, w_ih.shape[1], mode, H, P, 1, False, directions == 2

@@ -45,7 +45,7 @@ _POLL_LIMIT = 1 << 24
 
 def _allows_tf32() -> bool:
     """Whether torch would let cuDNN's recurrent layers use TF32."""
-    return _torch.allows_tf32(torch.backends.cudnn.rnn)
+    return _torch.cudnn_allows_tf32()
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

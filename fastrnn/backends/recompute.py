@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _torch
 from .base import Backend, Grads, Inputs, Outputs, Problem, SavedShape, check_lengths
 
 MARK = "+recompute"
@@ -184,7 +185,7 @@ class _Direction(NamedTuple):
         if sizes is None:
             chunks = [_Chunk(steps, steps, self.problem.B) for steps in bounds]
         else:
-            ends = [0, *itertools.accumulate(sizes.tolist())]
+            ends = [0, *itertools.accumulate(_torch.to_list(sizes))]
             chunks = [
                 _Chunk(steps, slice(ends[steps.start], ends[steps.stop]), int(sizes[steps.start]))
                 for steps in bounds

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .. import _torch
 from ..cells import Cell, States
 from .base import Grads, Inputs, Outputs, Problem, SavedShape
 
@@ -34,7 +35,8 @@ class _Steps(NamedTuple):
         cut = None if reset is None else reset.unsqueeze(-1)
         if cut is not None and alive is not None:
             cut = cut & alive
-        return cls([problem.B] * problem.T if sizes is None else sizes.tolist(), alive, cut)
+        rows = [problem.B] * problem.T if sizes is None else _torch.to_list(sizes)
+        return cls(rows, alive, cut)
 
 
 def _scan(

@@ -31,6 +31,8 @@ class AnswersAsTorch(nn.Module):
             return ANSWERS.get(own, own)
         return own
 
+    _torch.leave_uncompiled(_answered_class)
+
     def _become(self, kind: type) -> None:
         """Parametrizations and FSDP2 derive a class from ``layer.__class__`` and assign it: it has
         to be derived from the layer's type, or the layer would be torch.nn's from then on."""
