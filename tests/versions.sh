@@ -15,8 +15,8 @@ python=${PYTHON:-python3}
 read -ra versions <<< "${*:-2.6.0 2.9.1 2.14.1}"
 read -ra pip_extra <<< "${PIP_EXTRA:-}"
 read -ra pytest_args <<< "${PYTEST_ARGS:-}"
-left_out='build|cuda_build|cuda_emulated|distributed|docs|examples|export|gpu|gpu_layers|handoff'
-left_out+='|missing|triton|triton_compile'
+left_out='build|cuda_build|cuda_emulated|distributed|docs|examples|gpu|gpu_layers|handoff|onnx'
+left_out+='|triton|triton_compile'
 mapfile -t files < <(printf '%s\n' tests/test_*.py | grep -Ev "/test_($left_out)\.py$")
 
 status=0

@@ -78,9 +78,10 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
         return [own[name] if name in own else getattr(self, name) for name in _WEIGHTS]
 
     def _check_ranks(self, inputs: StepInputs) -> None:
+        x, *states, _ = inputs
         names = ("input", *self._state_names)
-        # Dynamo of torch 2.6 zips nothing of unequal length: c is there for cells without one too.
-        for name, tensor in zip(names, inputs[: len(names)], strict=True):
+        # c is there for cells without one too. Dynamo of torch 2.6 zips nothing of unequal length.
+        for name, tensor in zip(names, (x, *states)[: len(names)], strict=True):
             if tensor is not None and tensor.dim() not in (1, 2):
                 raise ValueError(
                     f"{self._kind}: Expected {name} to be 1D or 2D, got {tensor.dim()}D instead"
