@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -118,6 +117,15 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
         """
         if not isinstance(self, Layers):  # called by who wrapped this method before revert()
             return type(self).forward(self, input, hx)  # type: ignore[unreachable]
+        if not torch.compiler.is_compiling() and _torch.function_modes():
+            given = (*_flat(input), *_flat(hx), lengths, reset, *_flat(reset_hx))
+            if is_slowed_down((*given, *chain(*self._weights()))):
+                with _torch.DisableTorchFunction():
+                    return self._forward(input, hx, lengths, reset, reset_hx)
+        return self._forward(input, hx, lengths, reset, reset_hx)
+
+    def _forward(self, input: Any, hx: Any, lengths: Any, reset: Any, reset_hx: Any) -> Any:
+        """See :meth:`forward`."""
         try:
             if type(input) is not Tensor:
                 if isinstance(input, PackedSequence):
@@ -239,28 +247,23 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
                 return *results, None, []
         if self.training and self.weight_dropout:
             weights = [self._drop_recurrent(flat) for flat in weights]
-        slowed_down = False
-        if not torch.compiler.is_compiling() and _torch.function_modes():
-            given = (x, *(states or ()), batch_sizes, lengths, reset, *(reset_hx or ()))
-            slowed_down = is_slowed_down((*given, *chain(*weights)))
-        with _torch.DisableTorchFunction() if slowed_down else nullcontext():
-            y, ends, c = functional.stack(
-                self._cell,
-                x,
-                states,
-                weights,
-                bidirectional=self.bidirectional,
-                dropout=self.dropout,
-                training=self.training,
-                batch_sizes=batch_sizes,
-                lengths=lengths,
-                reset=reset,
-                reset_hx=reset_hx,
-                all_states=self.return_states,
-                recompute=self.recompute,
-                check=check,
-                every=layers if self.return_layers else None,
-            )
+        y, ends, c = functional.stack(
+            self._cell,
+            x,
+            states,
+            weights,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            training=self.training,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            reset=reset,
+            reset_hx=reset_hx,
+            all_states=self.return_states,
+            recompute=self.recompute,
+            check=check,
+            every=layers if self.return_layers else None,
+        )
         return y, ends, c, layers
 
     def _run_by_torch(
@@ -367,6 +370,11 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
 
     def _hidden(self, states: States) -> Any:
         return states[0]
+
+
+def _flat(given: Any) -> Any:
+    """A tuple of tensors, such as a PackedSequence, or what is none as the only one."""
+    return given if isinstance(given, (tuple, list)) else (given,)
 
 
 def _not_a_tensor(kind: str, name: str, given: object) -> str:

@@ -33,10 +33,6 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
 
     def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> States:
         weights = self._weights()
-        if type(x) is Tensor and x.dtype is torch.float16:
-            cell, H = self._cell, self.hidden_size
-            if by_torch.serves_step(by_torch.Sizes(cell, H, H), x, h):
-                return by_torch.step(cell, x, h, c, weights)
         inputs = StepInputs(x, h, c, weights)
         if is_slowed_down((x, h, c, *inputs.weights)):
             with _torch.DisableTorchFunction():
@@ -53,6 +49,10 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
         raise NotImplementedError
 
     def _run(self, inputs: StepInputs) -> States:
+        if inputs.x.dtype is torch.float16 and type(inputs.x) is Tensor:
+            cell, H = self._cell, self.hidden_size
+            if by_torch.serves_step(by_torch.Sizes(cell, H, H), inputs.x, inputs.h0):
+                return by_torch.step(cell, *inputs)
         if _torch.autocast_active() and functional.is_autocast(inputs.x.device):
             return self._run_without_autocast(inputs)
         sizes = self.input_size, self.hidden_size
