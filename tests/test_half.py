@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Case, Truth, make_inputs, run
+from helpers import TORCH, Case, Truth, make_inputs, run
+from test_errors import TEXTS_OF
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -176,4 +177,5 @@ def test_bad_input_has_the_errors_of_torch(name: str, options: Any) -> None:
             with pytest.raises((RuntimeError, ValueError)) as caught:
                 module(x)
             messages.append(str(caught.value))
-        assert messages[0] == messages[1]
+        if TORCH >= TEXTS_OF:
+            assert messages[0] == messages[1]
