@@ -1,7 +1,8 @@
-"""Calls that torch's own functions compute, with nothing of ours in between: in float16 on a CPU,
-where the small ones are over before a kernel could be any faster.
+"""Calls that torch's own functions compute, with nothing of ours in between, because they are over
+before a kernel could be any faster.
 
-They are cells' steps, and layers as far as torch.nn has them.
+They are the small ones in float16 on a CPU, and in training the steps of cells with one gate: two
+products, which torch has.
 """
 
 from __future__ import annotations
@@ -23,62 +24,102 @@ from .plain import is_followed
 
 
 class Sizes(NamedTuple):
-    """Of a cell, or of a stack of layers."""
+    """Of a stack of layers."""
 
     cell: str
     H: int
     out: int  # the width of a direction's output
-    num_layers: int = 1
-    directions: int = 1
+    num_layers: int
+    directions: int
 
 
-_serves: dict[tuple[Sizes, int, torch.Size, bool], bool] = record.choices()
+_serves: dict[tuple[object, ...], bool] = record.choices()
 _MOST = 4096
 
 
-def serves_step(sizes: Sizes, x: Tensor, h: Tensor | None) -> bool:
-    """Whether :func:`step` shall compute a cell's step on x, of float16."""
-    if torch.compiler.is_compiling() or x.dim() != 2 or (h is not None and h.dim() != 2):
+def serves_step(cell: str, H: int, x: Tensor, h: Tensor | None) -> bool:
+    """Whether :func:`step` shall compute a cell's step on x. Whoever watches or transforms it sees
+    torch's function as well as ours."""
+    dtype = x.dtype
+    if dtype is torch.float16:
+        return _serves_small_step(cell, H, x, h)
+    if CELLS[cell].gates > 1 or dtype not in _FLOATS or not torch.is_grad_enabled():
         return False
-    return _serves_small(sizes, 1, x)
+    # Autograd's own nodes cost less than a Function, and a kernel makes up for that only by many
+    # units, whose product with a state of zeros it leaves out.
+    if x.dim() != 2 or (h is None and H >= 4 and x.shape[0] * H > 64):
+        return False
+    return _is_step(x, h) and not _record_decides(cell, dtype, x.device)
+
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+def _serves_small_step(cell: str, H: int, x: Tensor, h: Tensor | None) -> bool:
+    if x.dim() != 2 or not _is_step(x, h):
+        return False
+    key = cell, H, x.shape, torch.is_grad_enabled()
+    known = _serves.get(key)
+    return _remember(key, _decide_step(*key, x.device)) if known is None else known
+
+
+def _is_step(x: Tensor, h: Tensor | None) -> bool:
+    if type(x) is not Tensor or not x.is_cpu or (h is not None and h.dim() != 2):
+        return False
+    return not torch.compiler.is_compiling() and asked() is None and not _torch.autocast_active()
 
 
 def serves_layers(sizes: Sizes, x: Tensor, batch_sizes: Tensor | None) -> bool:
-    """Whether :func:`layers` shall compute what a stack of layers gives for x, of float16, without
-    lengths, resets or gradients by recomputation."""
-    if is_followed() or _torch.transforms_active() or x.dim() != (3 if batch_sizes is None else 2):
+    """Whether :func:`layers` shall compute what a stack of layers gives for x, without lengths,
+    resets or gradients by recomputation."""
+    if x.dtype is not torch.float16 or type(x) is not Tensor or not x.is_cpu:
         return False
-    return _serves_small(sizes, len(x if batch_sizes is None else batch_sizes), x)
-
-
-def _serves_small(sizes: Sizes, T: int, x: Tensor) -> bool:
-    if not x.is_cpu or asked() is not None or _torch.autocast_active():
+    if asked() is not None or is_followed() or _torch.transforms_active():
         return False
+    if _torch.autocast_active() or x.dim() != (3 if batch_sizes is None else 2):
+        return False
+    T = len(x if batch_sizes is None else batch_sizes)
     key = sizes, T, x.shape, torch.is_grad_enabled()
     known = _serves.get(key)
-    if known is None:
-        if len(_serves) >= _MOST:
-            _serves.clear()
-        known = _serves[key] = _decide(*key, x.device)
-    return known
+    return _remember(key, _decide_layers(*key, x.device)) if known is None else known
 
 
-def _decide(sizes: Sizes, T: int, shape: torch.Size, grad: bool, device: torch.device) -> bool:
-    """A device's record may know better: then its backends are asked, as ever."""
+def _remember(key: tuple[object, ...], decision: bool) -> bool:
+    if len(_serves) >= _MOST:
+        _serves.clear()
+    _serves[key] = decision
+    return decision
+
+
+def _decide_step(cell: str, H: int, shape: torch.Size, grad: bool, device: torch.device) -> bool:
+    if _record_decides(cell, torch.float16, device):
+        return False
+    B, I = shape
+    return B > 0 and not pays(CELLS[cell], 1, B, I, H, grad)
+
+
+def _decide_layers(
+    sizes: Sizes, T: int, shape: torch.Size, grad: bool, device: torch.device
+) -> bool:
     name, H, out, num_layers, directions = sizes
-    if record.is_wrong("aten", name, torch.float16, device) or record.has_times(device):
+    if _record_decides(name, torch.float16, device):
         return False
     *lead, I = shape
     rows, widths = math.prod(lead), [I, directions * out][:num_layers]
     return rows > 0 and not any(pays(CELLS[name], T, rows, width, H, grad) for width in widths)
 
 
+def _record_decides(cell: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device's record may know better: then its backends are asked, as ever."""
+    return record.is_wrong("aten", cell, dtype, device) or record.has_times(device)
+
+
 def step(
-    cell: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor]
+    cell: str, H: int, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Weights
 ) -> States:
     """The new states. torch checks what it is given."""
     if h is None:
-        h = c = torch.zeros(x.shape[0], weights[1].shape[1], dtype=x.dtype, device=x.device)
+        h = c = torch.zeros(x.shape[0], H, dtype=x.dtype, device=x.device)
     if CELLS[cell].states == 1:
         return (FUNCTIONS[cell].step(x, h, *weights),)
     states: States = FUNCTIONS[cell].step(x, (h, c), *weights)

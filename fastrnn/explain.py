@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import threading
 from collections.abc import Iterable, Sequence
@@ -232,6 +233,8 @@ def _explain_call(
         grad = grad or any(map(_requires_grad, flat))
         posed = problem._replace(grad=grad and torch.is_grad_enabled())
         explanations.append(_explain_one(k, posed, name))
+    if isinstance(layer, Step) and layer.is_for_torch(*args, **kwargs):
+        explanations = [dataclasses.replace(e, serves="aten") for e in explanations]
     return explanations
 
 

@@ -1,5 +1,5 @@
 """float16 on a CPU: the float32 kernels between conversions, or torch's own functions where that
-takes less time."""
+takes less time, as it does for training steps of a cell with one gate in other dtypes too."""
 
 import copy
 from itertools import product
@@ -108,6 +108,35 @@ def test_small_steps_give_the_bits_of_torch(
     hx = (state, state) if name == "LSTM" else state
     assert all(map(torch.equal, results(theirs, x, hx), results(ours, x, hx)))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_training_steps_of_one_gate_give_the_bits_of_torch(
+    nonlinearity: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a given state, or of few units; explain() and the calls agree."""
+    calls = served_by(monkeypatch, "step")
+    for I, H in ((3, 5), (3, 70)):
+        theirs = nn.RNNCell(I, H, nonlinearity=nonlinearity, dtype=dtype)
+        ours = fastrnn.convert(copy.deepcopy(theirs))
+        x, h = torch.randn(2, I, dtype=dtype), torch.randn(2, H, dtype=dtype)
+        for inputs in ((x, h), (x,)):
+            calls.clear()
+            found = results(ours, *inputs)
+            served = len(inputs) == 2 or H == 5
+            assert len(calls) == served
+            (told,) = fastrnn.explain(ours, *inputs)
+            assert told.serves == ("aten" if served else "cpu")
+            if served:
+                assert all(map(torch.equal, results(theirs, *inputs), found))
+    calls.clear()
+    with torch.no_grad():
+        ours(x, h)
+    with fastrnn.backend("cpu"):
+        ours(x, h)
+    fastrnn.GRUCell(3, 5)(x)
+    assert not calls
 
 
 def test_what_is_served_by_what(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,7 +241,7 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
                 self._check(x, states, weights[0], batch_sizes)
                 check = None
             states = _permute(states, order)
-        if x.dtype is torch.float16 and lengths is None and reset is None and reset_hx is None:
+        if lengths is None and reset is None and reset_hx is None:
             results = self._run_by_torch(x, states, weights, batch_sizes)
             if results is not None:
                 return *results, None, []
@@ -274,7 +274,9 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
         batch_sizes: Tensor | None,
     ) -> tuple[Tensor, States] | None:
         """y and the last states where torch's own functions serve best, else None."""
-        if self.return_states or self.return_layers or self.weight_dropout or self.recompute:
+        if x.dtype is not torch.float16 or self.return_states or self.return_layers:
+            return None
+        if self.weight_dropout or self.recompute:
             return None
         H, directions = self.hidden_size, 2 if self.bidirectional else 1
         sizes = by_torch.Sizes(self._cell, H, self.proj_size or H, self.num_layers, directions)

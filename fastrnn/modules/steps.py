@@ -32,9 +32,9 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
         raise NotImplementedError
 
     def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> States:
-        weights = self._weights()
-        inputs = StepInputs(x, h, c, weights)
-        if is_slowed_down((x, h, c, *inputs.weights)):
+        inputs = StepInputs(x, h, c, self._weights())
+        is_seen = not torch.compiler.is_compiling() and _torch.function_modes()
+        if is_seen and is_slowed_down((x, h, c, *inputs.weights)):
             with _torch.DisableTorchFunction():
                 return self._run(inputs)
         try:
@@ -48,20 +48,24 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
         """A step by the forward of torch.nn's class, on the same weights."""
         raise NotImplementedError
 
+    def is_for_torch(self, input: Tensor, hx: Any = None) -> bool:
+        """Whether torch's own function shall compute this call: see :mod:`fastrnn.by_torch`."""
+        h = hx[0] if isinstance(hx, (tuple, list)) else hx
+        return by_torch.serves_step(self._cell, self.hidden_size, input, h)
+
     def _run(self, inputs: StepInputs) -> States:
-        if inputs.x.dtype is torch.float16 and type(inputs.x) is Tensor:
-            cell, H = self._cell, self.hidden_size
-            if by_torch.serves_step(by_torch.Sizes(cell, H, H), inputs.x, inputs.h0):
-                return by_torch.step(cell, *inputs)
+        cell, H = self._cell, self.hidden_size
+        if by_torch.serves_step(cell, H, inputs.x, inputs.h0):
+            return by_torch.step(cell, H, *inputs)
         if _torch.autocast_active() and functional.is_autocast(inputs.x.device):
             return self._run_without_autocast(inputs)
-        sizes = self.input_size, self.hidden_size
+        sizes = self.input_size, H
         if inputs.x.dim() == 2:
-            return step(self._cell, inputs, self._check_batch, sizes)
+            return step(cell, inputs, self._check_batch, sizes)
         self._check_ranks(inputs)
         x, *states, weights = inputs
         h, c = (None if s is None else s.unsqueeze(0) for s in states)
-        ends = step(self._cell, StepInputs(x.unsqueeze(0), h, c, weights), self._check, sizes)
+        ends = step(cell, StepInputs(x.unsqueeze(0), h, c, weights), self._check, sizes)
         return tuple(without_lead(s) for s in ends)
 
     def _run_without_autocast(self, inputs: StepInputs) -> States:
