@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import inspect
 import io
 import pickle
+from abc import ABC
 from typing import Any
 
 import pytest
@@ -170,6 +172,96 @@ def test_classes_derived_from_the_answer(torch_kind: Any, kind: Any, options: An
     assert type(copy.deepcopy(layer)).__bases__ == (kind,)
     parametrize.remove_parametrizations(layer, name)
     assert type(layer) is kind
+
+
+class Marked:
+    """An ordinary base class of a user's."""
+
+
+@everything
+@pytest.mark.parametrize("others", [(), (Marked,), (ABC,)], ids=["alone", "mixed", "ABC"])
+def test_a_user_derives_a_class_from_the_answer(
+    torch_kind: Any, kind: Any, options: Any, others: tuple[type, ...]
+) -> None:
+    answered = kind(I, H, **options).__class__
+
+    class Derived(*others, answered):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.calls = 0
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return super().forward(*args, **kwargs)
+
+    layer, x = Derived(I, H, **options), torch.randn(B, I)
+    assert type(layer) is layer.__class__ is Derived
+    assert Derived.__bases__ == (*others, kind)
+    assert issubclass(Derived, answered)
+    assert isinstance(layer, answered)
+    assert repr(layer).startswith("Derived(4, 6")
+    expected = answered.forward(layer, x)
+    for copied in (layer, copy.copy(layer), copy.deepcopy(layer)):
+        assert type(copied) is Derived
+        torch.testing.assert_close(copied(x), expected)
+        assert copied.calls == 1
+    assert fastrnn.revert(fastrnn.convert(layer)) is layer
+    assert type(layer) is Derived
+    name = "weight_hh_l0" if issubclass(kind, nn.RNNBase) else "weight_hh"
+    parametrizations.weight_norm(layer, name)
+    assert type(layer).__bases__ == (Derived,)
+    torch.testing.assert_close(layer(x), expected)
+
+
+Answered: Any = fastrnn.LSTM(1, 1).__class__
+
+
+class OfTheAnswer(Answered):
+    """What pickle finds by its name."""
+
+
+def test_pickle_of_a_class_derived_from_the_answer() -> None:
+    layer = OfTheAnswer(I, H)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        again = pickle.loads(pickle.dumps(layer, protocol))
+        assert type(again) is OfTheAnswer
+        assert all(map(torch.equal, again.parameters(), layer.parameters()))
+
+
+@layers
+def test_a_class_derived_from_the_answer_compiles(torch_kind: Any, kind: Any, options: Any) -> None:
+    torch.compiler.reset()
+    answered = kind(I, H, **options).__class__
+    derived, x = type("Derived", (answered,), {}), torch.randn(T, B, I)
+    layer = derived(I, H, **options)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@everything
+def test_layers_made_of_the_answer(torch_kind: Any, kind: Any, options: Any) -> None:
+    layer = kind(I, H, **options)
+    answered = layer.__class__
+    assert inspect.signature(answered) == inspect.signature(kind)
+    assert type(torch.nn.utils.skip_init(answered, I, H, **options)) is kind
+    with pytest.raises(TypeError, match="missing 2 required positional arguments"):
+        answered()
+    empty = answered.__new__(answered)
+    assert type(empty) is kind
+    empty.__dict__.update(layer.__dict__)
+    x = torch.randn(B, I)
+    torch.testing.assert_close(empty(x), layer(x))
+
+
+def test_whose_instances_the_answer_knows() -> None:
+    layer = fastrnn.LSTM(I, H)
+    answered = layer.__class__
+    assert isinstance(layer, answered)
+    assert isinstance(Mine(I, H), answered)
+    assert issubclass(answered, answered)
+    assert issubclass(fastrnn.LSTM, answered)
+    for other in (nn.LSTM(I, H), fastrnn.GRU(I, H), fastrnn.LSTMCell(I, H)):
+        assert not isinstance(other, answered)
 
 
 @layers

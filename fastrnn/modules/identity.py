@@ -34,12 +34,7 @@ class AnswersAsTorch(nn.Module):
     _torch.leave_uncompiled(_answered_class)
 
     def _become(self, kind: type) -> None:
-        """Parametrizations and FSDP2 derive a class from ``layer.__class__`` and assign it: it has
-        to be derived from the layer's type, or the layer would be torch.nn's from then on."""
-        bases = tuple(_REAL.get(base, base) for base in kind.__bases__)
-        if bases != kind.__bases__ and kind not in _REAL:
-            kind = derived_from(bases, kind)
-        _object_class.__set__(self, _REAL.get(kind, kind))
+        _object_class.__set__(self, real_class(kind))
 
     __class__ = property(_answered_class, _become)
 
@@ -78,6 +73,11 @@ torch.serialization.add_safe_globals([make])
 def answer_as(stand_in: type, kind: type) -> None:
     """Let layers whose type is `kind` answer that their class is `stand_in`."""
     ANSWERS[kind], _REAL[stand_in] = stand_in, kind
+
+
+def real_class(kind: type) -> type:
+    """The type of the layers that answer `kind`, if it is a stand-in; `kind` itself, if not."""
+    return _REAL.get(kind, kind)
 
 
 def derived_from(bases: tuple[type, ...], kind: type) -> type:
