@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import BACKEND_NAMES, LAYERS, STEPS, TORCH
@@ -362,7 +363,6 @@ def test_states_of_another_number_of_layers() -> None:
 STEP_CALLS: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "input 0-D": lambda k: (torch.tensor(1.0),),
     "input 3-D": lambda k: (x_of(1, B, I),),
-    "input text": lambda k: ("text",),
     "input_size": lambda k: (x_of(B, I + 1),),
     "input_size unbatched": lambda k: (x_of(I + 1),),
     "hx 3-D": lambda k: (x_of(B, I), hx(k, 1, B, H)),
@@ -370,12 +370,6 @@ STEP_CALLS: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "hx batch": lambda k: (x_of(B, I), hx(k, B + 1, H)),
     "hx hidden": lambda k: (x_of(B, I), hx(k, B, H + 1)),
     "hx hidden unbatched": lambda k: (x_of(I), hx(k, H + 1)),
-    "hx number": lambda k: (x_of(B, I), 3),
-    "hx tuple of one": lambda k: (x_of(B, I), (x_of(B, H),)),
-    "hx tuple of three": lambda k: (x_of(B, I), (x_of(B, H),) * 3),
-    "hx dict": lambda k: (x_of(B, I), {}),
-    "c batch": lambda k: (x_of(B, I), (x_of(B, H), x_of(B + 1, H))),
-    "c hidden": lambda k: (x_of(B, I), (x_of(B, H), x_of(B, H + 1))),
 }
 
 
@@ -456,10 +450,72 @@ def test_types_of_errors(torch_kind: Any, kind: Any, options: Any) -> None:
     assert_same_types_of_errors(theirs, ours, SHAPES, STATES)
 
 
-def test_lstm_cell_refuses_one_tensor_for_two_states() -> None:
+NON_TENSORS = [[1.0, 2.0], (), 3, 0.5, "ab", np.zeros((B, I)), np.float32(1), {}, object()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "wrong", [None, *NON_TENSORS, packed(T, B, I)], ids=lambda w: type(w).__name__
+)
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_input_of_a_cell_that_is_no_tensor(
+    torch_kind: Any, kind: Any, options: Any, wrong: Any, dtype: torch.dtype
+) -> None:
+    ours, state = kind(I, H, **options).to(dtype), hx(kind.__name__, B, H, dtype=dtype)
+    text = f"{kind.__name__} expects input to be a tensor, got {type(wrong).__name__}"
+    for args in ((wrong,), (wrong, state)):
+        with pytest.raises(TypeError, match=text):
+            ours(*args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("wrong", NON_TENSORS, ids=lambda w: type(w).__name__)
+@pytest.mark.parametrize(("torch_kind", "kind", "options"), STEPS)
+def test_state_of_a_cell_that_is_no_tensor(
+    torch_kind: Any, kind: Any, options: Any, wrong: Any, dtype: torch.dtype
+) -> None:
+    ours, x, h = kind(I, H, **options).to(dtype), x_of(B, I, dtype=dtype), x_of(B, H, dtype=dtype)
+    calls = {"hx": wrong}
+    if kind is fastrnn.LSTMCell:
+        calls = {"hx[0]": (wrong, h), "hx[1]": [h, wrong]}
+    for name, state in calls.items():
+        text = f"{kind.__name__} expects {name} to be a tensor, got {type(wrong).__name__}"
+        with pytest.raises(TypeError, match=re.escape(text)):
+            ours(x, state)
+
+
+@pytest.mark.parametrize("wrong", [3, "ab", np.zeros((2, H)), iter(())], ids=str)
+def test_states_of_an_lstm_cell_that_are_no_tuple(wrong: Any) -> None:
+    with pytest.raises(
+        TypeError, match=f"'hx'.* must be tuple of Tensors, not {type(wrong).__name__}"
+    ):
+        fastrnn.LSTMCell(I, H)(x_of(B, I), wrong)
+
+
+def test_an_error_that_has_another_cause_is_raised_as_it_is() -> None:
+    class Broken(fastrnn.GRUCell):
+        def _weights(self) -> list[Any]:
+            raise AttributeError("weights are not there")
+
+    with pytest.raises(AttributeError, match="weights are not there"):
+        Broken(I, H)(x_of(B, I))
+
+
+STATES_OF_LSTM_CELL: dict[str, Any] = {
+    "one tensor": x_of(2, H),
+    "one": (x_of(B, H),),
+    "three": (x_of(B, H),) * 3,
+    "dict": {},
+    "c batch": (x_of(B, H), x_of(B + 1, H)),
+    "c hidden": (x_of(B, H), x_of(B, H + 1)),
+}
+
+
+@pytest.mark.parametrize("name", STATES_OF_LSTM_CELL)
+def test_states_of_an_lstm_cell(name: str) -> None:
     theirs, ours = nn.LSTMCell(I, H), fastrnn.LSTMCell(I, H)
-    h = x_of(2, H)
-    assert_same_error(lambda: theirs(x_of(B, I), h), lambda: ours(x_of(B, I), h))
+    states = STATES_OF_LSTM_CELL[name]
+    assert_same_error(lambda: theirs(x_of(B, I), states), lambda: ours(x_of(B, I), states))
 
 
 @pytest.mark.parametrize("backend", [b.name for b in BACKENDS if not b.differentiable])

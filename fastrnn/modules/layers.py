@@ -155,7 +155,7 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
         try:
             rank = input.dim()
         except AttributeError:
-            raise TypeError(_not_a_tensor(self._kind, "input", input)) from None
+            raise TypeError(not_a_tensor(self._kind, "input", input)) from None
         if rank not in (2, 3):
             raise ValueError(self._rank_text.format(self._kind, rank))
         states = None if hx is None else self._states(hx, rank)
@@ -362,7 +362,7 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
         try:
             dims = hx.dim()
         except AttributeError:
-            raise TypeError(_not_a_tensor(self._kind, "hx", hx)) from None
+            raise TypeError(not_a_tensor(self._kind, "hx", hx)) from None
         if rank is not None and dims != rank:
             kind = "unbatched 2-D" if rank == 2 else "batched 3-D"
             raise RuntimeError(
@@ -379,7 +379,7 @@ def _flat(given: Any) -> Any:
     return given if isinstance(given, (tuple, list)) else (given,)
 
 
-def _not_a_tensor(kind: str, name: str, given: object) -> str:
+def not_a_tensor(kind: str, name: str, given: object) -> str:
     return f"{kind} expects {name} to be a tensor, got {type(given).__name__}"
 
 

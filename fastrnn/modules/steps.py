@@ -14,7 +14,7 @@ from ..cells import CELLS, States
 from ..plain import OverriddenError, is_slowed_down, stop_at_overrides
 from ..step import step, without_lead
 from .identity import AnswersAsTorch
-from .layers import Device
+from .layers import Device, not_a_tensor
 from .tracing import NotScriptable, Proxy, record
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -119,6 +119,14 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
                 )
 
 
+def _refuse_non_tensors(kind: str, given: dict[str, object]) -> None:
+    """Name the argument that a step has failed on, if it is none that a step could read: looking
+    only then costs the other calls nothing."""
+    for name, value in given.items():
+        if not hasattr(value, "dim"):
+            raise TypeError(not_a_tensor(kind, name, value)) from None
+
+
 class _StepOfOneState(Step):
     def _step_of_torch(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> States:
         return (self._twin.forward(self, x, h),)
@@ -130,7 +138,12 @@ class _StepOfOneState(Step):
         if isinstance(input, Proxy):
             node: Tensor = record(self, input, hx)
             return node
-        return self._step(input, hx, None)[0]
+        try:
+            return self._step(input, hx, None)[0]
+        except (AttributeError, TypeError):
+            states = {} if hx is None else {"hx": hx}
+            _refuse_non_tensors(self._kind, {"input": input, **states})
+            raise
 
 
 class RNNCell(_StepOfOneState):
@@ -195,20 +208,28 @@ class LSTMCell(Step):
         if isinstance(input, Proxy):
             nodes: tuple[Tensor, Tensor] = record(self, input, hx)
             return nodes
-        if hx is None:
-            h, c = self._step(input, None, None)
-            return h, c
-        states = tuple(hx)
+        h, c = (None, None) if hx is None else self._pair(hx)
+        try:
+            h_next, c_next = self._step(input, h, c)
+        except (AttributeError, TypeError):
+            states = {} if hx is None else {"hx[0]": h, "hx[1]": c}
+            _refuse_non_tensors(self._kind, {"input": input, **states})
+            raise
+        return h_next, c_next
+
+    def _pair(self, hx: Any) -> tuple[Tensor, Tensor]:
+        """h and c; whether they are tensors is asked where a step with them fails, but for None,
+        which a step takes for zeros."""
         if not isinstance(hx, (tuple, list)):
             raise TypeError(
                 "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, "
                 f"not {type(hx).__name__}"
             )
-        if len(states) != 2:
+        if len(hx) != 2:
             raise RuntimeError("lstm_cell expects two hidden states")
-        if states[0] is None or states[1] is None:
-            raise TypeError(f"LSTMCell expects hx to be a tuple (h_0, c_0), got {hx!r:.60}")
-        h, c = self._step(input, *states)
+        h, c = hx
+        if h is None or c is None:
+            _refuse_non_tensors(self._kind, {"hx[0]": h, "hx[1]": c})
         return h, c
 
 
