@@ -24,13 +24,20 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from benchmarks import machine
 from benchmarks.cases import LIBRARIES, Results, final_states, output
-from benchmarks.check import compare
 from benchmarks.shapes import Mode
+from fastrnn.backends import Inputs
 from fastrnn.cells import CELLS
 from fastrnn.cores import usable_cores
 from fastrnn.machine import cpu_name
+from fastrnn.ops import describe
 from fastrnn.timing import Subject, alternate
-from fastrnn.validation import WrongResultError
+from fastrnn.validation import (
+    KINKED,
+    WrongResultError,
+    assert_within_budget,
+    errors,
+    on_the_side_of,
+)
 
 DTYPES = {
     "fp32": torch.float32,
@@ -153,12 +160,54 @@ class Setup:
 
     def check(self) -> None:
         """Raise :class:`WrongResultError` unless our error is within the budget."""
-        exact = _build(nn, self.draw).double()
+        draw, dtype = self.draw, self.x.dtype
+        exact = _build(nn, draw).double()
         exact.load_state_dict(self.modules["torch"].state_dict())
-        draw = self.draw
+        ours, theirs = (self._results(self.modules[name], dtype) for name in LIBRARIES)
+        if draw.cell in KINKED and draw.mode == "training":
+            right, right_for_theirs = (self._on_the_side_of(name, exact) for name in LIBRARIES)
+        else:
+            right = right_for_theirs = self._results(exact, torch.float64)
+        plain = errors(theirs.by_name(), right_for_theirs.by_name())
         terms = max(max(draw.T, 1) * draw.B, draw.I + draw.H)
-        ours, theirs = (self._results(self.modules[name], self.x.dtype) for name in LIBRARIES)
-        compare(ours, theirs, self._results(exact, torch.float64), terms)
+        assert_within_budget(ours.by_name(), plain, right.by_name(), dtype, terms)
+
+    def _on_the_side_of(self, library: str, exact: nn.Module) -> Results:
+        """The results of `exact` where every ReLU takes the slope that it took in the library's
+        module: see :func:`fastrnn.validation.on_the_side_of`."""
+        draw, reverse = self.draw, (False, True)[: 1 + self.draw.bidirectional]
+        x = self.x.double().requires_grad_()
+        y, rows = x.unsqueeze(0) if draw.is_cell else x, self.x
+        ends = []
+        for k, weights in enumerate(self._by_layer(exact)):
+            groups = slice(k * len(reverse), (k + 1) * len(reverse))
+            hx = self.hx if self.hx is None or draw.is_cell else self.hx[groups]
+            with torch.no_grad():
+                rows = self._output(self._layer(library, k, rows)(self._input(rows), hx))
+            h0 = None if hx is None else hx.double().reshape(-1, draw.B, draw.H)
+            given = Inputs(y, self.batch_sizes, None, None, (h0, None, None, None), weights)
+            problem = describe(draw.cell, given, reverse, draw.B, all_states=False, grad=True)
+            y, h_n, *_ = on_the_side_of(rows, problem, given)
+            ends.append(h_n)
+        y = y.squeeze(0) if draw.is_cell else y
+        return self._named(exact, x, y, () if draw.is_cell else (torch.cat(ends),))
+
+    def _by_layer(self, module: nn.Module) -> list[list[Tensor | None]]:
+        """The weights of each layer, those of both directions in one list."""
+        flat: list[Tensor | None] = list(module.parameters())
+        each = len(flat) // self.draw.num_layers
+        return [flat[k : k + each] for k in range(0, len(flat), each)]
+
+    def _layer(self, library: str, k: int, rows: Tensor) -> nn.Module:
+        """Layer k of the library's module alone, for the output `rows` of the layer before."""
+        module = self.modules[library]
+        if self.draw.num_layers == 1:
+            return module
+        alone = self.draw._replace(num_layers=1, I=rows.shape[-1])
+        layer = _build(LIBRARIES[library], alone)
+        names = layer.state_dict()
+        layer.load_state_dict(dict(zip(names, self._by_layer(module)[k], strict=True)))
+        return layer
 
     def subject(self, library: str) -> Subject:
         """The call to time: forward, or forward and the gradients to x and all weights."""
@@ -194,16 +243,18 @@ class Setup:
         if hx is not None:
             hx = tuple(s.to(dtype) for s in hx) if isinstance(hx, tuple) else hx.to(dtype)
         result = module(self._input(x), hx)
-        y = self._output(result)
-        names, tensors = ["y"], [y]
-        if not self.draw.is_cell:
-            states = final_states(result)
-            names += ["h_n", "c_n"][: len(states)]
-            tensors += states
+        states = () if self.draw.is_cell else final_states(result)
+        return self._named(module, x, self._output(result), states)
+
+    def _named(
+        self, module: nn.Module, x: Tensor, y: Tensor, states: tuple[Tensor, ...]
+    ) -> Results:
+        """A call's outputs and, in training, the gradients of `x` and the module's weights."""
+        names, tensors = ["y", *("h_n", "c_n")[: len(states)]], [y, *states]
         if self.draw.mode == "training":
             parameters = dict(module.named_parameters())
             names += ["dx", *(f"d{name}" for name in parameters)]
-            tensors += torch.autograd.grad(y, [x, *parameters.values()], self.dy.to(dtype))
+            tensors += torch.autograd.grad(y, [x, *parameters.values()], self.dy.to(y.dtype))
         return Results(tuple(names), tuple(t.detach() for t in tensors))
 
 

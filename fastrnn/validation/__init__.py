@@ -2,11 +2,14 @@
 ``python -m fastrnn check`` alike."""
 
 from .budget import (
+    KINKED,
     TF32_EPS,
     Truth,
     WrongResultError,
     assert_within_budget,
+    errors,
     floor,
+    on_the_side_of,
     rms,
 )
 from .cases import (
@@ -25,6 +28,7 @@ from .cases import (
 )
 
 __all__ = [
+    "KINKED",
     "OUTPUTS",
     "TF32_EPS",
     "TORCH_LAYERS",
@@ -37,9 +41,11 @@ __all__ = [
     "as_problem",
     "assert_within_budget",
     "collect",
+    "errors",
     "float32_products",
     "floor",
     "make_inputs",
+    "on_the_side_of",
     "rms",
     "run",
     "run_plain",

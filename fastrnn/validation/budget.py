@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..cells import States, Step
+from ..backends import Outputs
+from ..cells import States
 from .cases import (
     Case,
     Inputs,
@@ -177,27 +178,28 @@ class Truth:
         differ by O(1), either is right, so the exact run takes the slope that the result took."""
         if self.cell not in KINKED or torch.equal(result["y"] > 0, self.exact["y"] > 0):
             return self.exact
-        case = self.case
-        sizes = [case.B] * case.T if case.batch_sizes is None else case.batch_sizes.tolist()
-        active = (result["y"] > 0).reshape(sum(sizes), len(case.reverse), case.H)
-        steps: list[Tensor] = []
-        for g, backwards in enumerate(case.reverse):
-            in_time = list(torch.split(active[:, g], sizes))
-            steps += reversed(in_time) if backwards else in_time
-        slopes = iter(steps)
-
-        def step(gates_x: Tensor, gates_h: Tensor, states: States) -> States:
-            return ((gates_x + gates_h) * next(slopes),)
-
-        return self._run_with(step)
-
-    def _run_with(self, step: Step) -> Named:
-        """The call in float64, with another step than the cell's own."""
         inputs = self._inputs().to(torch.float64)
         problem, given = as_problem(self.cell, self.case, inputs)
-        cell = replace(problem.cell, step=step)
-        y, h_n, _, _, _ = backends.REFERENCE.forward(problem._replace(cell=cell), given, False)
+        y, h_n, _, _, _ = on_the_side_of(result["y"], problem, given)
         return collect([y, h_n], inputs)
+
+
+def on_the_side_of(y: Tensor, problem: backends.Problem, given: backends.Inputs) -> Outputs:
+    """A layer in plain torch whose ReLU takes, at every step, the slope that it took in the outputs
+    `y` of the same layer, with another rounding."""
+    sizes = [problem.B] * problem.T if given.batch_sizes is None else given.batch_sizes.tolist()
+    active = (y > 0).reshape(sum(sizes), problem.G, problem.H)
+    steps: list[Tensor] = []
+    for g, backwards in enumerate(problem.reverse):
+        in_time = list(torch.split(active[:, g], sizes))
+        steps += reversed(in_time) if backwards else in_time
+    slopes = iter(steps)
+
+    def step(gates_x: Tensor, gates_h: Tensor, states: States) -> States:
+        return ((gates_x + gates_h) * next(slopes),)
+
+    cell = replace(problem.cell, step=step)
+    return backends.REFERENCE.forward(problem._replace(cell=cell), given, False)
 
 
 def _on_cpu(results: Named) -> Named:
