@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,10 @@ from torch.utils._pytree import tree_leaves
 from . import record
 from .backends import (
     BACKENDS,
-    Grads,
+    ComputesNothing,
     Inputs,
     Outputs,
     Problem,
-    SavedShape,
     asked,
     choose,
     only,
@@ -168,19 +167,15 @@ def _advice(module: nn.Module) -> str:
     return f"a {kind.__name__}, a class of its own that fastrnn.convert leaves alone"
 
 
-class _Notebook(threading.local):
-    """A :class:`fastrnn.backends.Backend` that takes down what it is asked for and computes
-    nothing. It is one object for ever, as calls of the same sizes remember whom they go to."""
+class _Notebook(ComputesNothing, threading.local):
+    """A backend that takes down what it is asked for. It is one object for ever, as calls of the
+    same sizes remember whom they go to."""
 
     name = "explain"
     differentiable = True  # as it reads no tensor, whatever watches or wraps them
-    on_request: str | None = None
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
-
-    def supports(self, problem: Problem) -> str | None:
-        return None
 
     def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
         self.problems.append(problem)
@@ -193,21 +188,6 @@ class _Notebook(threading.local):
             x.new_zeros((*x.shape[:-1], G * H)) if problem.all_states else None,
             [],
         )
-
-    def backward(
-        self,
-        problem: Problem,
-        inputs: Inputs,
-        y: Tensor,
-        saved: list[Tensor],
-        grads: Grads,
-        needs: Sequence[bool],
-        samples: int,
-    ) -> list[Tensor | None]:
-        raise NotImplementedError("the layer is only explained")
-
-    def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
-        return []
 
 
 _notebook = _Notebook()

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .backends import Grads, Inputs, Outputs, Problem, SavedShape, only
+from .backends import ComputesNothing, only
 
 # For each of ONNX's gates, in its order, the place of the same gate in torch's order.
 _GATES = {
@@ -100,34 +100,10 @@ def _cause(error: BaseException | None, kind: type[Exception]) -> BaseException 
     return error
 
 
-class _Recorder:
-    """A :class:`fastrnn.backends.Backend` whose layers are traced, and never run: it takes any
-    layer in any dtype, and leaves it to the translation to refuse."""
+class _Recorder(ComputesNothing):
+    """A backend whose layers are traced: which of them have no operator, the translation tells."""
 
     name = "onnx"
-    differentiable = False
-    on_request: str | None = None
-
-    def supports(self, problem: Problem) -> str | None:
-        return None
-
-    def forward(self, problem: Problem, inputs: Inputs, save: bool) -> Outputs:
-        raise NotImplementedError("the layer is only traced")
-
-    def backward(
-        self,
-        problem: Problem,
-        inputs: Inputs,
-        y: Tensor,
-        saved: list[Tensor],
-        grads: Grads,
-        needs: Sequence[bool],
-        samples: int,
-    ) -> list[Tensor]:
-        raise NotImplementedError("the layer is only traced")
-
-    def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
-        return []
 
 
 def _refusal(

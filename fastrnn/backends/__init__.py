@@ -15,6 +15,7 @@ from .. import _torch, record
 from .aten import ATEN
 from .base import (
     Backend,
+    ComputesNothing,
     Grads,
     Inputs,
     Outputs,
@@ -37,6 +38,7 @@ __all__ = [
     "BACKENDS",
     "REFERENCE",
     "Backend",
+    "ComputesNothing",
     "Grads",
     "Inputs",
     "Outputs",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -186,6 +186,26 @@ class Backend(Protocol):
 
         [] also where that is no memory that an operator could return, but autograd's graph: then
         backward() takes [] too, and runs the layer again."""
+
+
+class ComputesNothing:
+    """What is left of a :class:`Backend` for calls that are looked at and not run: it takes every
+    layer in every dtype, and has the name that a subclass gives it."""
+
+    differentiable = False
+    on_request: str | None = None
+
+    def supports(self, problem: Problem) -> str | None:
+        return None
+
+    def forward(self, *args: Any) -> Outputs:
+        raise NotImplementedError("the layer is not to be run")
+
+    def backward(self, *args: Any) -> NoReturn:
+        raise NotImplementedError("the layer is not to be run")
+
+    def saved_shapes(self, problem: Problem, N: int) -> list[SavedShape]:
+        return []
 
 
 @runtime_checkable
