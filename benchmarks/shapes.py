@@ -7,21 +7,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from fastrnn.commands.bench import Shape as Shape
+
 Mode = Literal["inference", "training"]
 Kind = Literal["plain", "bidirectional", "packed"]
 Key = tuple[str, str, Mode, Kind]  # cell, dtype, mode and kind
-
-
-class Shape(NamedTuple):
-    """T timesteps, B rows, I inputs and H hidden units."""
-
-    T: int
-    B: int
-    I: int
-    H: int
-
-    def __str__(self) -> str:
-        return ",".join(map(str, self))
 
 
 class Case(NamedTuple):
