@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _torch, record
-from .backends import Weights, asked
+from .backends import StepInputs, Weights, asked
 from .backends.aten import FUNCTIONS
 from .backends.widened import pays
 from .cells import CELLS, States
@@ -37,36 +37,38 @@ _serves: dict[tuple[object, ...], bool] = record.choices()
 _MOST = 4096
 
 
-def serves_step(cell: str, H: int, x: Tensor, h: Tensor | None) -> bool:
-    """Whether :func:`step` shall compute a cell's step on x. Whoever watches or transforms it sees
+def serves_step(cell: str, H: int, inputs: StepInputs) -> bool:
+    """Whether :func:`step` shall compute a cell's step. Whoever watches or transforms it sees
     torch's function as well as ours."""
+    x, h, _, weights = inputs
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
     dtype = x.dtype
-    if dtype is torch.float16:
-        return _serves_small_step(cell, H, x, h)
-    if CELLS[cell].gates > 1 or dtype not in _FLOATS or not torch.is_grad_enabled():
-        return False
-    # Autograd's own nodes cost less than a Function, and a kernel makes up for that only by many
-    # units, whose product with a state of zeros it leaves out.
-    if x.dim() != 2 or (h is None and H >= 4 and x.shape[0] * H > 64):
-        return False
-    return _is_step(x, h) and not _record_decides(cell, dtype, x.device)
-
-
-_FLOATS = (torch.float32, torch.float64)
-
-
-def _serves_small_step(cell: str, H: int, x: Tensor, h: Tensor | None) -> bool:
-    if x.dim() != 2 or not _is_step(x, h):
+    if dtype is not torch.float16:
+        if CELLS[cell].gates > 1 or dtype not in _FLOATS or not torch.is_grad_enabled():
+            return False
+        # Autograd's own nodes cost less than a Function, and a kernel makes up for that only by
+        # many units, whose product with a state of zeros it leaves out.
+        if x.dim() != 2 or (h is None and H >= 4 and x.shape[0] * H > 64):
+            return False
+        return _is_alone(x, h, weights) and not _record_decides(cell, dtype, x.device)
+    if x.dim() != 2 or not _is_alone(x, h, weights):
         return False
     key = cell, H, x.shape, torch.is_grad_enabled()
     known = _serves.get(key)
     return _remember(key, _decide_step(*key, x.device)) if known is None else known
 
 
-def _is_step(x: Tensor, h: Tensor | None) -> bool:
-    if type(x) is not Tensor or not x.is_cpu or (h is not None and h.dim() != 2):
+_FLOATS = (torch.float32, torch.float64)
+
+
+def _is_alone(x: Tensor, h: Tensor | None, weights: Weights) -> bool:
+    """Whether it is all of one dtype on a CPU, and neither autocast nor a backend was asked for."""
+    if not x.is_cpu or asked() is not None or _torch.autocast_active():
         return False
-    return not torch.compiler.is_compiling() and asked() is None and not _torch.autocast_active()
+    if weights[0] is None or weights[0].dtype is not x.dtype:
+        return False
+    return h is None or (isinstance(h, Tensor) and h.dim() == 2 and h.dtype is x.dtype)
 
 
 def serves_layers(sizes: Sizes, x: Tensor, batch_sizes: Tensor | None) -> bool:
@@ -114,10 +116,9 @@ def _record_decides(cell: str, dtype: torch.dtype, device: torch.device) -> bool
     return record.is_wrong("aten", cell, dtype, device) or record.has_times(device)
 
 
-def step(
-    cell: str, H: int, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Weights
-) -> States:
-    """The new states. torch checks what it is given."""
+def step(cell: str, H: int, inputs: StepInputs) -> States:
+    """The new states. torch checks their sizes."""
+    x, h, c, weights = inputs
     if h is None:
         h = c = torch.zeros(x.shape[0], H, dtype=x.dtype, device=x.device)
     if CELLS[cell].states == 1:

@@ -135,7 +135,7 @@ def test_training_steps_of_one_gate_give_the_bits_of_torch(
         ours(x, h)
     with fastrnn.backend("cpu"):
         ours(x, h)
-    fastrnn.GRUCell(3, 5)(x)
+    fastrnn.GRUCell(3, 5, dtype=dtype)(x)
     assert not calls
 
 

@@ -148,8 +148,9 @@ def test_what_overrides_nothing_stays_with_the_kernels(
 ) -> None:
     _, ours = twins(torch_kind, kind, options)
     x = an_input(ours)
-    plain = tree_leaves(ours(x))[0]
-    subclassed = tree_leaves(ours(x.as_subclass(Plain)))[0]
+    with fastrnn.backend("cpu"):  # a plain step in training might be torch's
+        plain = tree_leaves(ours(x))[0]
+        subclassed = tree_leaves(ours(x.as_subclass(Plain)))[0]
     assert torch.equal(subclassed.as_subclass(Tensor), plain)
     stop_at_overrides((x, x.as_subclass(Plain), nn.Parameter(x), nn.Buffer(x), None))
 

@@ -51,12 +51,13 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
     def is_for_torch(self, input: Tensor, hx: Any = None) -> bool:
         """Whether torch's own function shall compute this call: see :mod:`fastrnn.by_torch`."""
         h = hx[0] if isinstance(hx, (tuple, list)) else hx
-        return by_torch.serves_step(self._cell, self.hidden_size, input, h)
+        inputs = StepInputs(input, h, None, self._weights())
+        return by_torch.serves_step(self._cell, self.hidden_size, inputs)
 
     def _run(self, inputs: StepInputs) -> States:
         cell, H = self._cell, self.hidden_size
-        if by_torch.serves_step(cell, H, inputs.x, inputs.h0):
-            return by_torch.step(cell, H, *inputs)
+        if by_torch.serves_step(cell, H, inputs):
+            return by_torch.step(cell, H, inputs)
         if _torch.autocast_active() and functional.is_autocast(inputs.x.device):
             return self._run_without_autocast(inputs)
         sizes = self.input_size, H
