@@ -484,7 +484,9 @@ def test_state_of_a_cell_that_is_no_tensor(
             ours(x, state)
 
 
-@pytest.mark.parametrize("wrong", [3, "ab", np.zeros((2, H)), iter(())], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [3, "ab", np.zeros((2, H)), iter(())], ids=lambda w: type(w).__name__
+)
 def test_states_of_an_lstm_cell_that_are_no_tuple(wrong: Any) -> None:
     with pytest.raises(
         TypeError, match=f"'hx'.* must be tuple of Tensors, not {type(wrong).__name__}"

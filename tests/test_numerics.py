@@ -50,6 +50,24 @@ def test_an_infinite_input_spreads_no_further_than_in_exact_arithmetic(
 @EVERY_SET
 @EVERY_DTYPE
 @pytest.mark.parametrize("cell", CELLS)
+def test_nan_reaches_every_gradient_of_a_single_step(
+    cell: str, dtype: torch.dtype, name: str
+) -> None:
+    """That of weight_hh too, which a state of zeros is multiplied by."""
+    case = Case(1, 2, 4, 5, hx=False)
+    inputs = make_inputs(cell, case, dtype)
+    with torch.no_grad():
+        inputs.x[0, 1, 2] = math.nan
+    exact = run(cell, case, inputs.to(torch.float64), "reference")
+    with isa(name), poisoned():
+        ours = run(cell, case, inputs, "cpu")
+    for key, value in exact.items():
+        assert torch.equal(ours[key].isnan(), value.isnan()), key
+
+
+@EVERY_SET
+@EVERY_DTYPE
+@pytest.mark.parametrize("cell", CELLS)
 def test_a_huge_input_moves_no_gradient_through_a_shut_gate(
     cell: str, dtype: torch.dtype, name: str
 ) -> None:

@@ -12,16 +12,27 @@ inline constexpr int64_t kThinTaskRows = 16;
 // Rows and what each is multiplied by.
 template <class T>
 struct Terms {
+  // A null pointer stands for a row of zeros.
+  void add(Acc<T> by, const T* of) {
+    if (!of) {
+      of_zeros += by * 0;
+      return;
+    }
+    factor[count] = by;
+    row[count++] = of;
+  }
+
   Acc<T> factor[kThinRows];
   const T* row[kThinRows];
   int count = 0;
+  Acc<T> of_zeros = 0;  // what rows of zeros, which are not in memory, amount to: NaN, if a factor is no finite number
 };
 
 template <int Count, class T>
 FASTRNN_INLINE void store_terms(T* to, const Terms<T>& terms, int64_t columns) {
   constexpr int64_t lanes = kLanes<Acc<T>>;
   const auto sum = [&](auto load_at) {
-    AccVec<T> c = {};
+    AccVec<T> c = broadcast(terms.of_zeros);
     for (int i = 0; i < Count; ++i) c += terms.factor[i] * load_at(terms.row[i]);
     return c;
   };
@@ -150,9 +161,7 @@ class ThinProducts {
         const int64_t n = layout_.order.row(i);
         const A d = widen_one(element[n * left.ld]);
         sum += d;
-        if (!out.dw || !out.rows[n]) continue;
-        terms.factor[terms.count] = d;
-        terms.row[terms.count++] = out.rows[n];
+        if (out.dw) terms.add(d, out.rows[n]);
       }
       const int64_t row = gate * left.units + unit;
       if (out.db) store_first(out.db_row(sample, rows, row), broadcast(sum), 1);
