@@ -63,12 +63,16 @@ _FLOATS = (torch.float32, torch.float64)
 
 
 def _is_alone(x: Tensor, h: Tensor | None, weights: Weights) -> bool:
-    """Whether it is all of one dtype on a CPU, and neither autocast nor a backend was asked for."""
+    """Whether all is of one dtype and batch size, on a CPU, and neither autocast nor a backend was
+    asked for."""
     if not x.is_cpu or asked() is not None or _torch.autocast_active():
         return False
     if weights[0] is None or weights[0].dtype is not x.dtype:
         return False
-    return h is None or (isinstance(h, Tensor) and h.dim() == 2 and h.dtype is x.dtype)
+    if h is None:
+        return True
+    fits = isinstance(h, Tensor) and h.dim() == 2 and h.dtype is x.dtype
+    return fits and h.shape[0] == x.shape[0]
 
 
 def serves_layers(sizes: Sizes, x: Tensor, batch_sizes: Tensor | None) -> bool:
