@@ -31,6 +31,8 @@ tracing_state = _C._get_tracing_state
 dispatch_modes = _C._len_torch_dispatch_stack
 function_modes = _C._len_torch_function_stack
 function_mode_at = _C._get_function_stack_at
+pop_function_mode = _C._pop_torch_function_stack
+push_function_mode = _C._push_on_torch_function_stack
 # Whether make_fx or export records what comes before autograd: by a mode in a stack of its own,
 # which this key tells of, and `dispatch_modes` does not.
 records_above_autograd = partial(
@@ -41,7 +43,8 @@ records_above_autograd = partial(
 autocast_active = _C._is_any_autocast_enabled
 # torch.autocast(enabled=False) for all devices, and without its ten microseconds.
 DisableAutocast = _C._DisableAutocast
-# Torch's functions as if no mode watched them: see fastrnn.plain.is_slowed_down.
+# Torch's functions as if no mode and no subclass watched them, where all tensors are plain: see
+# fastrnn.plain.put_aside_default_device.
 DisableTorchFunction = _C.DisableTorchFunction
 
 # Whether a __torch_function__ of any of these is asked, and the one that is switched off: the

@@ -183,7 +183,7 @@ class Route(NamedTuple):
             and not is_watched()
             and all_plain(grads)
         ):
-            with _torch.DisableTorchFunction():  # see plain.is_slowed_down
+            with _torch.DisableTorchFunction():  # see plain.put_aside_default_device
                 return backend.backward(problem, inputs, y, saved, grads, needs, samples)
         if not torch.compiler.is_compiling() and (
             torch.is_grad_enabled() or any(map(is_batched, grads))

@@ -38,34 +38,34 @@ _MOST = 4096
 
 
 def serves_step(cell: str, H: int, inputs: StepInputs) -> bool:
-    """Whether :func:`step` shall compute a cell's step. Whoever watches or transforms it sees
-    torch's function as well as ours."""
+    """Whether :func:`step` shall compute a cell's step."""
     x, h, _, weights = inputs
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return False
-    dtype = x.dtype
-    if dtype is not torch.float16:
-        if CELLS[cell].gates > 1 or dtype not in _FLOATS or not torch.is_grad_enabled():
+    if x.dtype is torch.float16:
+        if not _is_alone(x, h, weights):
             return False
-        # Autograd's own nodes cost less than a Function, and a kernel makes up for that only by
-        # many units, whose product with a state of zeros it leaves out.
-        if x.dim() != 2 or (h is None and H >= 4 and x.shape[0] * H > 64):
-            return False
-        return _is_alone(x, h, weights) and not _record_decides(cell, dtype, x.device)
-    if x.dim() != 2 or not _is_alone(x, h, weights):
+        key = cell, H, x.shape, torch.is_grad_enabled()
+        known = _serves.get(key)
+        return _remember(key, _decide_step(*key, x.device)) if known is None else known
+    if CELLS[cell].gates > 1 or x.dtype not in _FLOATS or not torch.is_grad_enabled():
         return False
-    key = cell, H, x.shape, torch.is_grad_enabled()
-    known = _serves.get(key)
-    return _remember(key, _decide_step(*key, x.device)) if known is None else known
+    if not _is_alone(x, h, weights) or _record_decides(cell, x.dtype, x.device):
+        return False
+    # Autograd's own nodes cost less than a Function, and a kernel makes up for that only by many
+    # units, whose product with a state of zeros it leaves out.
+    return h is not None or H < 4 or x.shape[0] * H <= 64
 
 
 _FLOATS = (torch.float32, torch.float64)
 
 
 def _is_alone(x: Tensor, h: Tensor | None, weights: Weights) -> bool:
-    """Whether all is of one dtype and batch size, on a CPU, and neither autocast nor a backend was
-    asked for."""
-    if not x.is_cpu or asked() is not None or _torch.autocast_active():
+    """Whether all is of one dtype and batch size, on a CPU, nobody follows what is computed, and
+    neither autocast nor a backend was asked for."""
+    if x.dim() != 2 or not x.is_cpu or asked() is not None or _torch.autocast_active():
+        return False
+    if is_followed() or _torch.transforms_active():
         return False
     if weights[0] is None or weights[0].dtype is not x.dtype:
         return False

@@ -373,7 +373,9 @@ def _check_steps(
         lengths = lengths.to(x.device, torch.int64)
     if reset is not None:
         if reset.dtype != torch.bool:
-            raise RuntimeError(f"reset must be of dtype torch.bool, got {reset.dtype}")
+            raise RuntimeError(
+                f"reset must be of dtype torch.bool, got {reset.dtype}: give it as reset.bool()"
+            )
         if reset.shape != (T, B):
             raise RuntimeError(f"Expected reset size {(T, B)}, got {list(reset.shape)}")
         reset = reset.to(x.device)

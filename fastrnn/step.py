@@ -153,7 +153,7 @@ class CellStep(torch.autograd.Function):
         with _torch.DisableAutocast():  # which forward() may not have been called under
             if torch.is_grad_enabled() or is_watched() or not all_plain((dh, dc)):
                 return None, *_plain_gradients(problem, inputs, dh, dc, needs)
-            with _torch.DisableTorchFunction():  # see plain.is_slowed_down
+            with _torch.DisableTorchFunction():  # see plain.put_aside_default_device
                 return None, *kernel.step_backward(problem, inputs, saved, (dh, dc), needs)
 
 

@@ -139,6 +139,47 @@ def test_training_steps_of_one_gate_give_the_bits_of_torch(
     assert not calls
 
 
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_steps_under_transforms_are_those_of_a_loop(name: str, dtype: torch.dtype) -> None:
+    """torch has no vmap of its own steps."""
+    cell = getattr(fastrnn, name)(3, 4, dtype=dtype)
+    params = {key: p.detach() for key, p in cell.named_parameters()}
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        h = torch.func.functional_call(cell, params, (x,))
+        return (h if isinstance(h, Tensor) else h[0]).float().square().sum()
+
+    x = torch.randn(5, 2, 3, dtype=dtype)
+    gradient = torch.func.grad(loss)
+    found = torch.func.vmap(gradient, (None, 0))(params, x)
+    for k in range(5):
+        for key, expected in gradient(params, x[k]).items():
+            torch.testing.assert_close(found[key][k], expected)
+    torch.testing.assert_close(
+        torch.func.vmap(lambda row: loss(params, row))(x),
+        torch.stack([loss(params, row) for row in x]),
+    )
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell"])
+def test_a_step_can_be_traced(name: str) -> None:
+    for dtype in (torch.float16, torch.float32):
+        cell, x = getattr(fastrnn, name)(3, 4, dtype=dtype), torch.randn(2, 3, dtype=dtype)
+        traced = torch.jit.trace(cell, x)
+        torch.testing.assert_close(traced(x), cell(x))
+
+
+def test_a_layer_with_one_bias_of_two() -> None:
+    for T, H in ((1, 4), (9, 64)):
+        layer = fastrnn.LSTM(3, H).half()
+        layer.bias_hh_l0 = None
+        assert layer(torch.randn(T, 2, 3).half())[0].shape == (T, 2, H)
+        layer.weight_ih_l0 = None
+        with pytest.raises(RuntimeError, match="weight_ih is None"):
+            layer(torch.randn(T, 2, 3).half())
+
+
 def test_what_is_served_by_what(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many multiplications by the kernels; explain() and the calls agree."""
     calls = served_by(monkeypatch, "layers")

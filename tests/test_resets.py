@@ -176,6 +176,9 @@ def test_bad_masks(torch_kind: Any, kind: Any, options: Any, backend: str) -> No
         layer(x)
         with pytest.raises(RuntimeError, match=r"Expected reset size \(12, 4\), got \[4, 12\]"):
             layer(x, reset=MASK.t())
+        batch_first = kind(I, H, batch_first=True, **options)
+        with pytest.raises(RuntimeError, match=r"Expected reset size \(4, 12\), got \[12, 4\]"):
+            batch_first(x.transpose(0, 1), reset=MASK)
         for wrong_dtype in (MASK.float(), MASK.float().numpy(), MASK.int().tolist()):
             with pytest.raises(RuntimeError, match=r"reset must be of dtype torch.bool"):
                 layer(x, reset=wrong_dtype)

@@ -199,10 +199,12 @@ def _in_order(problem: Problem) -> list[Backend]:
 
 
 def _pays(problem: Problem) -> bool:
-    """See :func:`fastrnn.backends.widened.pays`; what is made of a call that is compiled serves
-    other sizes too."""
+    """See :func:`fastrnn.backends.widened.pays`; what is made of a call that is compiled or traced
+    serves other sizes too."""
+    if torch.compiler.is_compiling() or _torch.tracing_state() is not None:
+        return True
     cell, _, _, T, B, I, H, *_ = problem
-    return torch.compiler.is_compiling() or pays(cell, T, T * B, I, H, problem.grad)
+    return pays(cell, T, T * B, I, H, problem.grad)
 
 
 def timed_as(problem: Problem) -> tuple[str, torch.dtype, torch.device, bool, int, int | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import _torch, by_torch, functional
 from ..backends import Weights, aten, check_batch_sizes
 from ..cells import CELLS, States
-from ..plain import OverriddenError, is_slowed_down, stop_at_overrides
+from ..plain import OverriddenError, put_aside_default_device, stop_at_overrides
 from .identity import AnswersAsTorch
 from .tracing import NotScriptable, Proxy, record
 
@@ -117,12 +116,14 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
         """
         if not isinstance(self, Layers):  # called by who wrapped this method before revert()
             return type(self).forward(self, input, hx)  # type: ignore[unreachable]
-        if not torch.compiler.is_compiling() and _torch.function_modes():
-            given = (*_flat(input), *_flat(hx), lengths, reset, *_flat(reset_hx))
-            if is_slowed_down((*given, *chain(*self._weights()))):
-                with _torch.DisableTorchFunction():
-                    return self._forward(input, hx, lengths, reset, reset_hx)
-        return self._forward(input, hx, lengths, reset, reset_hx)
+        # Parametrizations, which are modules inside, are code of the user's.
+        aside = None if self._modules else put_aside_default_device()
+        if aside is None:
+            return self._forward(input, hx, lengths, reset, reset_hx)
+        try:
+            return self._forward(input, hx, lengths, reset, reset_hx)
+        finally:
+            _torch.push_function_mode(aside)
 
     def _forward(self, input: Any, hx: Any, lengths: Any, reset: Any, reset_hx: Any) -> Any:
         """See :meth:`forward`."""
@@ -170,6 +171,9 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
             return self._forward_unbatched(input, states, reset, resets)
         x = input
         if self.batch_first:
+            if reset is not None and reset.shape != input.shape[:2]:
+                expected = tuple(input.shape[:2])
+                raise RuntimeError(f"Expected reset size {expected}, got {list(reset.shape)}")
             x, reset = x.transpose(0, 1), None if reset is None else reset.t()
         if resets is not None:
             resets = tuple(s.expand(-1, x.shape[1], -1) for s in resets)
@@ -278,6 +282,8 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
             return None
         if self.weight_dropout or self.recompute:
             return None
+        if self.bias and any(w is None for flat in weights for w in flat):
+            return None
         H, directions = self.hidden_size, 2 if self.bidirectional else 1
         sizes = by_torch.Sizes(self._cell, H, self.proj_size or H, self.num_layers, directions)
         if not by_torch.serves_layers(sizes, x, batch_sizes):
@@ -330,7 +336,8 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
         self, x: Tensor, states: States | None, weights: Weights, batch_sizes: Tensor | None
     ) -> None:
         weight = weights[0]
-        assert weight is not None
+        if weight is None:
+            raise RuntimeError("weight_ih is None")
         if x.dtype != weight.dtype and not _torch.autocast_active():
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -372,11 +379,6 @@ class Layers(AnswersAsTorch, NotScriptable, RNNBase):
 
     def _hidden(self, states: States) -> Any:
         return states[0]
-
-
-def _flat(given: Any) -> Any:
-    """A tuple of tensors, such as a PackedSequence, or what is none as the only one."""
-    return given if isinstance(given, (tuple, list)) else (given,)
 
 
 def not_a_tensor(kind: str, name: str, given: object) -> str:

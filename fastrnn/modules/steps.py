@@ -11,7 +11,7 @@ from torch.nn.modules.rnn import RNNCellBase
 from .. import _torch, by_torch, functional
 from ..backends import StepInputs
 from ..cells import CELLS, States
-from ..plain import OverriddenError, is_slowed_down, stop_at_overrides
+from ..plain import OverriddenError, put_aside_default_device, stop_at_overrides
 from ..step import step, without_lead
 from .identity import AnswersAsTorch
 from .layers import Device, not_a_tensor
@@ -33,16 +33,16 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
 
     def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> States:
         inputs = StepInputs(x, h, c, self._weights())
-        is_seen = not torch.compiler.is_compiling() and _torch.function_modes()
-        if is_seen and is_slowed_down((x, h, c, *inputs.weights)):
-            with _torch.DisableTorchFunction():
-                return self._run(inputs)
+        aside = put_aside_default_device()
         try:
             if type(x) is not Tensor:
                 stop_at_overrides((x,))
             return self._run(inputs)
         except OverriddenError:
             return self._step_of_torch(x, h, c)
+        finally:
+            if aside is not None:
+                _torch.push_function_mode(aside)
 
     def _step_of_torch(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> States:
         """A step by the forward of torch.nn's class, on the same weights."""
