@@ -40,17 +40,17 @@ _MOST = 4096
 def serves_step(cell: str, H: int, inputs: StepInputs) -> bool:
     """Whether :func:`step` shall compute a cell's step."""
     x, h, _, weights = inputs
-    if type(x) is not Tensor or torch.compiler.is_compiling():
+    if type(x) is not Tensor:
         return False
     if x.dtype is torch.float16:
         if not _is_alone(x, h, weights):
             return False
         key = cell, H, x.shape, torch.is_grad_enabled()
         known = _serves.get(key)
-        return _remember(key, _decide_step(*key, x.device)) if known is None else known
+        return _remember(key, _decide_step(*key)) if known is None else known
     if CELLS[cell].gates > 1 or x.dtype not in _FLOATS or not torch.is_grad_enabled():
         return False
-    if not _is_alone(x, h, weights) or _record_decides(cell, x.dtype, x.device):
+    if not _is_alone(x, h, weights) or _record_decides(cell, x.dtype):
         return False
     # Autograd's own nodes cost less than a Function, and a kernel makes up for that only by many
     # units, whose product with a state of zeros it leaves out.
@@ -87,7 +87,7 @@ def serves_layers(sizes: Sizes, x: Tensor, batch_sizes: Tensor | None) -> bool:
     T = len(x if batch_sizes is None else batch_sizes)
     key = sizes, T, x.shape, torch.is_grad_enabled()
     known = _serves.get(key)
-    return _remember(key, _decide_layers(*key, x.device)) if known is None else known
+    return _remember(key, _decide_layers(*key)) if known is None else known
 
 
 def _remember(key: tuple[object, ...], decision: bool) -> bool:
@@ -97,27 +97,34 @@ def _remember(key: tuple[object, ...], decision: bool) -> bool:
     return decision
 
 
-def _decide_step(cell: str, H: int, shape: torch.Size, grad: bool, device: torch.device) -> bool:
-    if _record_decides(cell, torch.float16, device):
+def _decide_step(cell: str, H: int, shape: torch.Size, grad: bool) -> bool:
+    if _record_decides(cell, torch.float16):
         return False
     B, I = shape
     return B > 0 and not pays(CELLS[cell], 1, B, I, H, grad)
 
 
-def _decide_layers(
-    sizes: Sizes, T: int, shape: torch.Size, grad: bool, device: torch.device
-) -> bool:
+def _decide_layers(sizes: Sizes, T: int, shape: torch.Size, grad: bool) -> bool:
     name, H, out, num_layers, directions = sizes
-    if _record_decides(name, torch.float16, device):
+    if _record_decides(name, torch.float16):
         return False
     *lead, I = shape
     rows, widths = math.prod(lead), [I, directions * out][:num_layers]
     return rows > 0 and not any(pays(CELLS[name], T, rows, width, H, grad) for width in widths)
 
 
-def _record_decides(cell: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device's record may know better: then its backends are asked, as ever."""
-    return record.is_wrong("aten", cell, dtype, device) or record.has_times(device)
+def _record_decides(cell: str, dtype: torch.dtype) -> bool:
+    """Whether the CPU's record may know better: then its backends are asked, as ever."""
+    key = cell, dtype
+    known = _decides.get(key)
+    if known is None:
+        wrong = record.is_wrong("aten", cell, dtype, _CPU)
+        known = _decides[key] = wrong or record.has_times(_CPU)
+    return known
+
+
+_CPU = torch.device("cpu")
+_decides: dict[tuple[str, torch.dtype], bool] = record.choices()
 
 
 def step(cell: str, H: int, inputs: StepInputs) -> States:
