@@ -37,6 +37,9 @@ class Timing(NamedTuple):
         return Timing(best, more.median, self.samples + other.samples, self.calls, others)
 
 
+BUSY = 0.3  # cores that others use, from which on times tell little
+
+
 class Others:
     """The cores' time that other processes have used since this was made."""
 
@@ -48,6 +51,14 @@ class Others:
 
     def cores(self) -> float:
         return max(0.0, (self._used() - self.before) / (time.perf_counter() - self.start))
+
+    def complaint(self, what: str) -> str | None:
+        """What to tell where they were too many for the times that were taken; `what` is to be done
+        again."""
+        cores = self.cores()
+        if cores <= BUSY:
+            return None
+        return f"other processes used {cores:.1f} cores: {what} again when they rest"
 
     def _used(self) -> float:
         """Seconds, of all cores together, that went neither to this process nor to none."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrnn import machine, record
+from fastrnn import machine, record, timing
 from fastrnn.__main__ import COMMANDS, main
 from fastrnn.backends import BACKENDS, refusal
 from fastrnn.cells import CELLS
@@ -164,11 +164,17 @@ def test_tune_leaves_wrong_kernels_out(capsys: pytest.CaptureFixture[str]) -> No
     assert "nothing to tune" in capsys.readouterr().out
 
 
-def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("cores", [0.1, 0.7])
+def test_bench(
+    cores: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing.Others, "cores", lambda _: cores)
     choice = ["--device", "cpu", "--cell", "gru", "--dtype", "float32", "--shape", "2,1,3,4"]
     assert main(["bench", *choice, "--seconds", "0.01"]) == 0
-    *_, last = capsys.readouterr().out.splitlines()
-    *_, theirs, ours, ratio = last.split()
+    _, row, _, *rest = capsys.readouterr().out.splitlines()
+    complaint = "other processes used 0.7 cores: measure again when they rest"
+    assert rest == [complaint] * (cores == 0.7)
+    *_, theirs, ours, ratio = row.split()
     assert float(ratio) == pytest.approx(float(theirs) / float(ours), rel=0.2)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import convert
-from ..timing import Subject, alternate
+from ..timing import Others, Subject, alternate
 from ..validation import TORCH_LAYERS, WrongResultError, assert_within_budget
 from .options import DTYPES, add_selection
 
@@ -55,7 +55,7 @@ def _shape(text: str) -> Shape:
 
 
 def run(options: argparse.Namespace) -> int:
-    wrong = 0
+    wrong, others = 0, Others()
     print(f"{'device':<8}{'cell':<10}{'dtype':<10}{'mode':<11}{'T,B,I,H':<16}", end="")
     print(f"{'torch.nn':>10}{'fastrnn':>10}{'ratio':>7}")
     choices = (options.device, options.cell, options.dtype, options.mode, options.shape)
@@ -71,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
         timings = alternate(pair.subjects(mode == "training"), options.seconds)
         theirs, ours = (timings[name].best * 1e3 for name in ("torch.nn", "fastrnn"))
         print(f"{head}{theirs:>10.3f}{ours:>10.3f}{theirs / ours:>7.2f}", flush=True)
+    if (complaint := others.complaint("measure")) is not None:
+        print(complaint)
     return 1 if wrong else 0
 
 

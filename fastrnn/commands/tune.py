@@ -28,7 +28,6 @@ from .options import DTYPES, add_selection
 T = 16
 MODES = ("inference", "training")
 CPU_GRID, GPU_GRID = ((32, 128, 512), (1, 8, 32)), ((64, 256, 1024), (1, 16, 128))  # of H, of B
-BUSY = 0.3  # cores that others use, from which on times tell little
 LEAST = 3  # samples of a backend at a point
 OUT = 3.0  # times as slow as the fastest at first, a backend is not timed again
 
@@ -74,8 +73,8 @@ def run(options: argparse.Namespace) -> int:
             continue
         others = Others()
         times = list(timed(contests, device, options.seconds))
-        if (cores := others.cores()) > BUSY:
-            print(f"other processes used {cores:.1f} cores: tune again when they rest")
+        if (complaint := others.complaint("tune")) is not None:
+            print(complaint)
         show(times)
         print(f"written: {record.write_tuned(device, times)}")
     return 0
