@@ -213,7 +213,7 @@ def _explain_call(
         grad = grad or any(map(_requires_grad, flat))
         posed = problem._replace(grad=grad and torch.is_grad_enabled())
         explanations.append(_explain_one(k, posed, name))
-    if isinstance(layer, Step) and layer.is_for_torch(*args, **kwargs):
+    if isinstance(layer, Step) and layer._is_for_torch(*args, **kwargs):
         explanations = [dataclasses.replace(e, serves="aten") for e in explanations]
     return explanations
 

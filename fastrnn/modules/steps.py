@@ -48,7 +48,7 @@ class Step(AnswersAsTorch, NotScriptable, RNNCellBase):
         """A step by the forward of torch.nn's class, on the same weights."""
         raise NotImplementedError
 
-    def is_for_torch(self, input: Tensor, hx: Any = None) -> bool:
+    def _is_for_torch(self, input: Tensor, hx: Any = None) -> bool:
         """Whether torch's own function shall compute this call: see :mod:`fastrnn.by_torch`."""
         h = hx[0] if isinstance(hx, (tuple, list)) else hx
         inputs = StepInputs(input, h, None, self._weights())
